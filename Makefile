@@ -1,0 +1,54 @@
+# Two commands do everything: `make demo` and `make test`. Both set up .venv on first use.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench docs clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.ready  ## Run the whole system on built-in scenes (a few minutes on two CPU cores)
+	$(BIN)/rdd run configs/quickstart.yaml
+
+test: $(VENV)/.ready-dev lint  ## Check style, types and layers, then run all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready-dev  ## Check style, types, and the direction of dependencies
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.ready-dev  ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.ready-dev  ## Run the benchmarks
+	$(BIN)/python bench/losses.py
+	$(BIN)/python bench/store.py
+
+docs: $(VENV)/.ready-dev  ## Run the code blocks of README and docs
+	$(BIN)/python -m pytest tests/test_docs.py
+
+clean:  ## Remove the environment and caches; runs are kept
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "rdd-maps needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Setting up $(VENV) (once; about two minutes)"
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.ready-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Setting up $(VENV) with the development tools (once; about two minutes)"
+	$(PIP_INSTALL) -e '.[dev]'
+	$(BIN)/python -m pip check
+	@touch $@ $(VENV)/.ready

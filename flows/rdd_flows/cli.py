@@ -1,0 +1,292 @@
+"""The command ``rdd``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rdd_flows.environment import configure_logging, quiet_prefect
+from rdd_storage.errors import RddError
+
+# Heavy imports (torch, Prefect) are made inside the commands, so that --help is instant and the
+# processes that Dask and the loaders spawn start quickly.
+
+app = typer.Typer(
+    name="rdd",
+    help="Difficulty maps of a segmentation teacher, and students trained from them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+maps_app = typer.Typer(help="Build and look after map stores.", no_args_is_help=True)
+data_app = typer.Typer(help="Check data sets.", no_args_is_help=True)
+app.add_typer(maps_app, name="maps")
+app.add_typer(data_app, name="data")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key, such as --set data.root=PATH or "
+        "--set 'students=[supervised, rdd]'. The value is YAML. May be repeated.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors and results only.")]
+
+_out = Console()
+_err = Console(stderr=True)
+
+
+def _start(quiet: bool) -> Any:
+    from rdd_pipeline.progress import Reporter, set_reporter
+
+    configure_logging(_err, quiet=quiet)
+    reporter = Reporter(_err, quiet=quiet)
+    set_reporter(reporter)
+    return reporter
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Run the whole way: teacher, maps, students, report.
+
+    Finished stages are reused; an interrupted run continues where it was.
+    """
+    from rdd_pipeline.config import load_config
+    from rdd_pipeline.files import read_json
+
+    settings = load_config(config, overrides or ())
+    _start(quiet)
+    from rdd_flows.flows import LOG_FILE, distill
+
+    results = _with_log(settings.run_dir / LOG_FILE, lambda: distill(settings))
+    print_results(read_json(results))
+    _out.print(f"results {results}\nreport  {results.parent / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    student: Annotated[str, typer.Option("--student", help="Name of the student in CONFIG.")],
+    store: Annotated[
+        Path | None, typer.Option("--store", help="Map store; needed unless supervised.")
+    ] = None,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train one student from a ready map store; no teacher is needed.
+
+    For several processes or GPUs start it with 'accelerate launch' or 'torchrun'.
+    """
+    from rdd_pipeline.config import load_config
+    from rdd_pipeline.errors import ConfigError
+    from rdd_pipeline.stages import check_data, run_student
+
+    settings = load_config(config, overrides or ())
+    reporter = _start(quiet)
+    chosen = next((item for item in settings.students if item.name == student), None)
+    if chosen is None:
+        names = ", ".join(item.name for item in settings.students)
+        raise ConfigError(f"--student {student}: {config} has the students {names}")
+    check_data(settings, reporter)
+    trained = run_student(settings, chosen, None if store is None else str(store), reporter)
+    _out.print(
+        f"{trained.name}: mIoU {trained.result['metrics']['miou']:.4f}, weights {trained.weights}",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+) -> None:
+    """Write report.html of a run again."""
+    from rdd_pipeline.errors import ConfigError
+    from rdd_pipeline.report import write_run_report
+
+    results = run_dir / "results.json"
+    if not results.exists():
+        raise ConfigError(f"{run_dir}: no results.json; give the folder of a finished run")
+    _out.print(str(write_run_report(results)), soft_wrap=True)
+
+
+@data_app.command("check")
+def data_check(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Check both splits: missing or unreadable files, sizes, label values."""
+    from rdd_pipeline.config import load_config
+    from rdd_pipeline.data import build_dataset
+    from rdd_pipeline.stages import check_data
+
+    settings = load_config(config, overrides or ())
+    check_data(settings, _start(quiet))
+    for split in ("train", "val"):
+        dataset = build_dataset(settings.data, split)
+        _out.print(f"{dataset.name} {split}: {len(dataset)} images, no problems")
+
+
+@maps_app.command("build")
+def maps_build(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Train or load the teacher and build the map store, or resume an interrupted build."""
+    from rdd_pipeline.config import load_config
+
+    settings = load_config(config, overrides or ())
+    _start(quiet)
+    from rdd_flows.flows import LOG_FILE, build_maps_flow
+
+    built = _with_log(settings.run_dir / LOG_FILE, lambda: build_maps_flow(settings))
+    _out.print(str(built["path"]), soft_wrap=True)
+
+
+@maps_app.command("status")
+def maps_status(
+    path: Annotated[str, typer.Argument(metavar="STORE", help="Path of a map store.")],
+) -> None:
+    """Show what a store holds, whether it is complete, and what it takes on disk."""
+    from rdd_storage import store_status
+
+    status = store_status(path)
+    table = Table(show_header=False, box=None)
+    table.add_row("store", status.path)
+    table.add_row("fingerprint", status.fingerprint)
+    table.add_row("format version", str(status.format_version))
+    table.add_row("images", f"{status.images_done} of {status.images} done")
+    table.add_row("shards", f"{status.shards_done} of {status.shards} done")
+    table.add_row("state", "complete" if status.complete else "unfinished; build again to resume")
+    table.add_row(
+        "on disk", f"{_bytes(status.bytes_on_disk)}, {_bytes(status.bytes_per_image)} an image"
+    )
+    for name, size in status.arrays.items():
+        table.add_row(f"  {name}", f"{_bytes(size / max(status.images_done, 1))} an image")
+    _out.print(table)
+
+
+@maps_app.command("list")
+def maps_list(
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder that holds stores.")],
+) -> None:
+    """List the map stores below a folder."""
+    from rdd_storage import list_stores
+
+    table = Table("store", "images", "state", "size", box=None)
+    for store in list_stores(root):
+        status = store.status
+        if status is None:
+            table.add_row(Path(store.path).name, "", store.problem, "")
+            continue
+        table.add_row(
+            Path(status.path).name,
+            str(status.images),
+            "complete" if status.complete else f"{status.images_done} done",
+            _bytes(status.bytes_on_disk),
+        )
+    _out.print(table)
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Print the table of a run: mIoU, seconds and images/s of each student, store size."""
+    table = Table(
+        "network", "method", "mIoU", "train s", "images/s", "step ms", "data wait", box=None
+    )
+    teacher = results["teacher"]
+    table.add_row("teacher", "reused" if teacher["reused"] else "", *_figures(teacher))
+    for student in results["students"]:
+        method = "+".join(student["method"]) + (" (reused)" if student["reused"] else "")
+        table.add_row(student["name"], method, *_figures(student))
+    _out.print(table)
+    maps = results["maps"]
+    _out.print(
+        f"maps: {maps['images']} images, {_bytes(maps['bytes_per_image'])} an image, "
+        f"{maps['images_built']} built in {maps['seconds']:.1f} s"
+    )
+    stages = ", ".join(f"{name} {value:.1f} s" for name, value in results["seconds"].items())
+    _out.print(f"stages: {stages}; peak memory {_bytes(results['peak_memory_bytes'])}")
+
+
+def _figures(result: dict[str, Any]) -> list[str]:
+    return [
+        f"{result['metrics']['miou']:.4f}",
+        *(
+            f"{result[key]:{form}}" if key in result else "-"
+            for key, form in (
+                ("seconds", ".1f"),
+                ("images_per_second", ".1f"),
+                ("step_ms", ".0f"),
+                ("data_wait_share", ".1%"),
+            )
+        ),
+    ]
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _with_log(path: Path, function: Callable[[], Any]) -> Any:
+    """Call a flow; a failure names the log file."""
+    quiet_prefect()
+    try:
+        return function()
+    except RddError as error:
+        raise _Logged(path, error) from error
+    except Exception as error:
+        logging.getLogger("rdd").debug("unexpected error", exc_info=error)
+        raise _Logged(path, error) from error
+
+
+class _Logged(Exception):
+    """An error of a flow, with its log file."""
+
+    def __init__(self, log: Path, error: Exception) -> None:
+        super().__init__(str(error))
+        self.log = log
+        self.error = error
+
+
+def main() -> None:
+    """Entry point: one clear line for an error, and an exit code that says so."""
+    try:
+        app()
+    except _Logged as failure:
+        error = failure.error
+        kind = "" if isinstance(error, RddError) else f"unexpected {type(error).__name__}: "
+        _fail(f"{kind}{error}", failure.log)
+    except RddError as error:
+        _fail(str(error), None)
+    except KeyboardInterrupt:
+        _err.print("interrupted; run the same command again to continue")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away, as in 'rdd maps list | head'.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _fail(message: str, log: Path | None) -> None:
+    _err.print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True, highlight=False)
+    if log is not None:
+        _err.print(f"log: {_escape(str(log))}", soft_wrap=True, highlight=False)
+    sys.exit(1)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Data sets, networks, difficulty, losses, the teacher pass, streaming and training."""

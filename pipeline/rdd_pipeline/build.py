@@ -1,0 +1,299 @@
+"""Building a map store: the shards of one teacher pass, spread over Dask workers.
+
+One task per shard, a bounded number of them under way. The store's own ``done`` marks are the
+resume point: a build that was interrupted, or a worker that was killed, costs its unfinished
+shards alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from distributed import Client, LocalCluster, WorkerPlugin, as_completed, get_worker
+from distributed.worker import Worker
+
+from rdd_pipeline.config import MapsConfig, NetworkConfig
+from rdd_pipeline.data import SegmentationDataset, dataset_digests
+from rdd_pipeline.networks import SegmentationNetwork, build_network, load_weights, weights_hash
+from rdd_pipeline.progress import Reporter
+from rdd_pipeline.teacher_pass import PassOptions, require_auxiliary, shard_maps
+from rdd_storage import (
+    ImageRecord,
+    MapSchema,
+    MapWriter,
+    fingerprint,
+    store_path,
+    store_status,
+)
+
+logger = logging.getLogger("rdd.maps")
+
+_PLUGIN = "rdd-teacher"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildResult:
+    """What a build did."""
+
+    path: str
+    fingerprint: str
+    images: int
+    images_built: int
+    """Images the teacher was run on; 0 when a finished store was reused."""
+    seconds: float
+    bytes_on_disk: int
+    bytes_per_image: float
+
+
+def store_identity(
+    dataset: SegmentationDataset, network: NetworkConfig, weights: str, maps: MapsConfig
+) -> dict[str, Any]:
+    """Everything that decides a store's content, apart from the images themselves.
+
+    Args:
+        dataset: The data set the teacher sees.
+        network: The teacher's network, input normalisation included.
+        weights: Hash of its weights.
+        maps: What is stored, and how.
+    """
+    return {
+        "data": dataset.identity(),
+        "teacher": {
+            # Where pretrained weights came from does not matter once the weights are hashed.
+            "network": network.model_dump(mode="json", exclude={"encoder_weights"}),
+            "weights": weights,
+        },
+        "evaluation": {"view": "whole image", "scales": [1.0], "flip": False,
+                       "precision": maps.precision},
+        "method": {"discrepancy": "KL(aux || main)", "upsampling": "bilinear, align_corners"},
+        "arrays": {
+            "logits": maps.soft_labels,
+            "aux_hardness": maps.aux_hardness,
+            "shard_images": maps.shard_images,
+        },
+    }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardTask:
+    """All that a worker needs to build any shard of one store; small and picklable."""
+
+    writer: MapWriter
+    dataset: SegmentationDataset
+    network: NetworkConfig
+    weights: Path
+    options: PassOptions
+    device: str
+
+
+class ShardBuilder:
+    """A teacher in memory, ready to build shards."""
+
+    def __init__(self, task: ShardTask) -> None:
+        self.task = task
+        self.device = torch.device(task.device)
+        self.network: SegmentationNetwork = build_network(task.network, task.dataset.num_classes)
+        load_weights(self.network, task.weights)
+        self.network.to(self.device).eval()
+
+    def build(self, shard: int) -> int:
+        """Build one shard and mark it done; returns its number of images."""
+        task = self.task
+        rows = task.writer.shard_rows(shard)
+        try:
+            maps = shard_maps(self.network, task.dataset, rows, task.options, self.device)
+            task.writer.write_shard(shard, maps)
+        except Exception as error:
+            error.add_note(f"while building shard {shard} of {task.writer.path}")
+            raise
+        return len(rows)
+
+
+class TeacherPlugin(WorkerPlugin):
+    """Loads the teacher once per Dask worker, late and restarted workers included."""
+
+    def __init__(self, task: ShardTask, threads: int) -> None:
+        self.task = task
+        self.threads = threads
+        self.builder: ShardBuilder | None = None
+
+    def setup(self, worker: Worker) -> None:
+        """Load the teacher into this worker."""
+        torch.set_num_threads(self.threads)
+        self.builder = ShardBuilder(self.task)
+
+
+def _build_on_worker(shard: int) -> int:
+    plugin = get_worker().plugins[_PLUGIN]
+    if not isinstance(plugin, TeacherPlugin) or plugin.builder is None:
+        raise RuntimeError("the teacher was not loaded into this worker; see its log")
+    return plugin.builder.build(shard)
+
+
+def build_maps(
+    dataset: SegmentationDataset,
+    network_config: NetworkConfig,
+    weights: Path,
+    *,
+    maps: MapsConfig,
+    root: Path,
+    device: str,
+    reporter: Reporter,
+    digests: Sequence[str] | None = None,
+) -> BuildResult:
+    """Build, resume or reuse the store of one teacher and data set, and publish it.
+
+    Args:
+        dataset: Images and labels the teacher runs over once.
+        network_config: The teacher's network.
+        weights: Its weights, as :func:`rdd_pipeline.networks.save_weights` writes them.
+        maps: What to store and how many workers to use.
+        root: Folder of the store; its name carries data set, split and fingerprint.
+        device: Torch device of the teacher pass.
+        reporter: Where progress is shown.
+        digests: Digests of the images in the data set's order, if they are known already.
+
+    Raises:
+        StoreMismatchError: Images or labels changed since the store was begun.
+        StoreWriteError: The disk is full or not writable; finished shards are kept.
+        NonFiniteError: The teacher gave NaN or infinity on an image, which is named.
+    """
+    started = time.perf_counter()
+    network = build_network(network_config, dataset.num_classes)
+    require_auxiliary(network)
+    load_weights(network, weights)
+    identity = store_identity(dataset, network_config, weights_hash(network), maps)
+    path = str(store_path(root, dataset.name, dataset.split, identity))
+    sizes = [dataset.size(index) for index in range(len(dataset))]
+    grids = {size: network.grid_size(*size) for size in set(sizes)}
+    if digests is None:
+        with reporter.bar("digest images", len(dataset)) as bar:
+            digests = dataset_digests(dataset, progress=bar.advance)
+    records = [
+        ImageRecord(
+            image_id=image_id,
+            height=size[0],
+            width=size[1],
+            grid_height=grids[size][0],
+            grid_width=grids[size][1],
+            digest=digest,
+        )
+        for image_id, size, digest in zip(dataset.image_ids, sizes, digests, strict=True)
+    ]
+    schema = MapSchema(
+        num_classes=dataset.num_classes,
+        class_names=dataset.class_names,
+        height=max(size[0] for size in sizes),
+        width=max(size[1] for size in sizes),
+        grid_height=max(grid[0] for grid in grids.values()),
+        grid_width=max(grid[1] for grid in grids.values()),
+        output_stride=network.output_stride,
+        shard_images=maps.shard_images,
+        aux_hardness=maps.aux_hardness,
+        logits=maps.soft_labels,
+    )
+    writer = MapWriter.create(
+        path, schema=schema, images=records, identity=identity, palette=dataset.palette
+    )
+    pending = writer.pending_shards()
+    images_pending = sum(len(writer.shard_rows(shard)) for shard in pending)
+    if not pending:
+        reporter.say(f"maps: reused, all {len(dataset)} images are in {path}")
+    else:
+        if images_pending < len(dataset):
+            reporter.say(
+                f"maps: resumes, {len(dataset) - images_pending} of {len(dataset)} images are done"
+            )
+        task = ShardTask(
+            writer=writer,
+            dataset=dataset,
+            network=network_config,
+            weights=weights,
+            options=PassOptions(
+                soft_labels=maps.soft_labels,
+                aux_hardness=maps.aux_hardness,
+                batch_size=maps.batch_size,
+                precision=maps.precision,
+            ),
+            device=device,
+        )
+        with reporter.bar("teacher pass", images_pending) as bar:
+            _build_pending(task, pending, maps.workers, bar.advance)
+    writer.publish()
+    status = store_status(path)
+    return BuildResult(
+        path=path,
+        fingerprint=fingerprint(identity),
+        images=len(dataset),
+        images_built=images_pending,
+        seconds=time.perf_counter() - started,
+        bytes_on_disk=status.bytes_on_disk,
+        bytes_per_image=status.bytes_per_image,
+    )
+
+
+def _build_pending(task: ShardTask, pending: list[int], workers: int, progress: Any) -> None:
+    if workers == 0:
+        builder = ShardBuilder(task)
+        for shard in pending:
+            progress(builder.build(shard))
+        return
+    with _local_cluster(workers) as client:
+        # What the user gave torch here, by OMP_NUM_THREADS or by default, is shared out.
+        threads = max(1, torch.get_num_threads() // workers)
+        client.register_plugin(TeacherPlugin(task, threads), name=_PLUGIN)
+        run_shards(client, pending, progress, window=2 * workers)
+
+
+def run_shards(client: Client, shards: list[int], progress: Any, window: int) -> None:
+    """Build shards on the client's workers, at most ``window`` of them submitted at a time.
+
+    Raises:
+        Exception: The first error of any shard, after the shards under way have ended; what is
+            finished stays finished.
+    """
+    waiting = iter(shards)
+
+    def submit_next() -> Any:
+        shard = next(waiting, None)
+        if shard is None:
+            return None
+        return client.submit(_build_on_worker, shard, pure=False, key=f"shard-{shard}")
+
+    first = [future for _ in range(window) if (future := submit_next()) is not None]
+    running = as_completed(first)
+    failure: BaseException | None = None
+    for future in running:
+        if future.status == "finished":
+            progress(future.result())
+        elif failure is None:
+            failure = future.exception()
+        future.release()
+        if failure is None and (following := submit_next()) is not None:
+            running.add(following)
+    if failure is not None:
+        raise failure
+
+
+@contextmanager
+def _local_cluster(workers: int) -> Iterator[Client]:
+    # One thread per worker: torch parallelises inside. Any free port: several builds may run.
+    with (
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.ERROR,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        logger.debug("dask dashboard: %s", client.dashboard_link)
+        yield client

@@ -1,0 +1,27 @@
+"""Errors of the pipeline; see :mod:`rdd_storage.errors` for the base and the habits."""
+
+from rdd_storage.errors import RddError
+
+
+class ConfigError(RddError, ValueError):
+    """The configuration has an unknown key, a wrong type or values that contradict each other."""
+
+
+class DataError(RddError, ValueError):
+    """The data set is incomplete or inconsistent; the message lists every problem found."""
+
+
+class ImageReadError(RddError, OSError):
+    """One image or label file cannot be read."""
+
+
+class NetworkError(RddError, ValueError):
+    """A network cannot be built as described, or does not give what is asked of it."""
+
+
+class CheckpointError(RddError, ValueError):
+    """Weights do not fit the network, or a checkpoint is damaged or refused."""
+
+
+class NonFiniteError(RddError, ArithmeticError):
+    """The teacher or the loss gave NaN or infinity."""

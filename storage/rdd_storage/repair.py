@@ -1,0 +1,75 @@
+"""Making a damaged store whole again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+
+from rdd_storage.location import locate
+from rdd_storage.manifest import read_head
+from rdd_storage.remove import remove_unused
+from rdd_storage.verify import Damage, verify_store
+from rdd_storage.writer import MapWriter
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepairReport:
+    """Result of :func:`repair_store`."""
+
+    path: str
+    version: int
+    """The published version; 0 for an unfinished store."""
+    damages: tuple[Damage, ...]
+    """Everything that was found wrong."""
+    restored: tuple[str, ...]
+    """Keys of metadata and coordinates that were written anew from the manifest."""
+    reopened: tuple[int, ...]
+    """Shards that are pending now: build the maps again to have them made anew."""
+    lost: tuple[int, ...]
+    """Damaged shards that hold images of earlier versions alone, which no build can make again;
+    remove these versions."""
+    bytes_freed: int
+    """Of shards and manifests that no version needs."""
+
+
+def repair_store(
+    path: str | PathLike[str],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    wait: float = 0.0,
+) -> RepairReport:
+    """Verify a store, restore what follows from its manifest, and reopen its damaged shards.
+
+    A published store stays published: its undamaged images are read as before. The teacher then
+    builds the reopened shards as it builds those of a new store; nothing else is written again.
+    Images of damaged shards that only earlier versions have keep what can be read of them.
+
+    Args:
+        path: Path or URL of the store.
+        progress: Called with the number of objects read and their total.
+        wait: Seconds to wait for a build of the store to end.
+
+    Raises:
+        StoreNotFoundError: There is no map store.
+        StoreFormatError: The root or the manifest is damaged, so that nothing can be repaired.
+        StoreLockedError: A build of the store is under way.
+        StoreWriteError: The store cannot be changed.
+    """
+    report = verify_store(path, progress)
+    writer = MapWriter.open(path)
+    with writer.lease(wait=wait):
+        restored = writer.restore_metadata()
+        bad = report.bad_shards
+        reopened = tuple(shard for shard in bad if writer.shard_records(shard))
+        writer.reopen_shards(reopened)
+        freed = remove_unused(read_head(locate(path))) if writer.complete else 0
+    return RepairReport(
+        path=report.path,
+        version=report.version,
+        damages=report.damages,
+        restored=restored,
+        reopened=reopened,
+        lost=tuple(shard for shard in bad if shard not in reopened),
+        bytes_freed=freed,
+    )

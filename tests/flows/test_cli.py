@@ -1,0 +1,182 @@
+"""The command line as a user types it: real processes, real Prefect, tiny networks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from conftest import Rdd
+from tiny import tiny_tree, write_tiny
+
+
+@pytest.fixture(scope="module")
+def finished(rdd: Rdd, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str, str]:
+    """A finished run: its configuration, folder and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    config = write_tiny(folder / "tiny.yaml", folder / "runs")
+    # One Dask worker process, as by default.
+    done = rdd("run", config, "--set", "maps.workers=1")
+    assert done.returncode == 0, done.stderr
+    return config, folder / "runs" / "tiny", done.stdout, done.stderr
+
+
+def test_run_goes_the_whole_way(finished: tuple[Path, Path, str, str]) -> None:
+    _, run, output, errors = finished
+    for name in ("supervised", "kd", "rdd"):
+        assert name in output
+        folder = run / "students" / name
+        assert (folder / "weights.safetensors").stat().st_size > 0
+        checkpoint = folder / "checkpoints" / "00000006"
+        assert {"model.safetensors", "optimizer.bin", "trainer.json"} <= {
+            path.name for path in checkpoint.iterdir()
+        }
+        assert list((folder / "tensorboard").glob("events.*"))
+    results = json.loads((run / "results.json").read_text())
+    assert [student["name"] for student in results["students"]] == ["supervised", "kd", "rdd"]
+    assert results["maps"]["images_built"] == 7
+    assert results["maps"]["bytes_per_image"] > 0
+    assert set(results["seconds"]) == {"data", "teacher", "maps", "students", "report"}
+    assert (run / "report.html").stat().st_size > 10_000
+    assert "Traceback" not in errors
+    log = (run / "logs" / "rdd.log").read_text()
+    assert "Finished in state Completed" in log
+    # Nothing but our own lines on the console: no banner, no scheduler's chatter.
+    assert "prefect" not in errors.lower()
+
+
+def test_second_run_reuses_everything_and_a_new_student_needs_no_teacher_pass(
+    rdd: Rdd, finished: tuple[Path, Path, str, str]
+) -> None:
+    config, run, _, _ = finished
+    done = rdd("run", config, "--set", "maps.workers=1",
+               "--set", "students=[{name: extra, method: rdd, rdd: {relation: or}}]")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "teacher: reused" in done.stderr
+    assert "maps: reused, all 7 images" in done.stderr
+    results = json.loads((run / "results.json").read_text())
+    assert results["maps"]["images_built"] == 0
+    by_name = {student["name"]: student for student in results["students"]}
+    assert set(by_name) == {"extra", "supervised", "kd", "rdd"}
+    assert by_name["extra"]["in_this_run"]
+    assert not by_name["rdd"]["in_this_run"]
+
+
+def test_maps_status_and_list(rdd: Rdd, finished: tuple[Path, Path, str, str]) -> None:
+    _, run, _, _ = finished
+    store = next((run / "maps").glob("*.zarr"))
+    status = rdd("maps", "status", store)
+    assert status.returncode == 0, status.stderr
+    for expected in ("7 of 7 done", "complete", "hardness", "logits", "an image"):
+        assert expected in status.stdout
+    listed = rdd("maps", "list", run / "maps")
+    assert store.name in listed.stdout
+    missing = rdd("maps", "status", run)
+    assert missing.returncode == 1
+    assert "error:" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def test_train_uses_a_ready_store_and_report_is_written_again(
+    rdd: Rdd, finished: tuple[Path, Path, str, str], tmp_path: Path
+) -> None:
+    _, run, _, _ = finished
+    store = next((run / "maps").glob("*.zarr"))
+    config = write_tiny(tmp_path / "tiny.yaml", tmp_path / "runs")
+    done = rdd("train", config, "--student", "rdd", "--store", store)
+    assert done.returncode == 0, done.stderr
+    assert "rdd: mIoU" in done.stdout
+    (run / "report.html").unlink()
+    assert rdd("report", run).returncode == 0
+    assert (run / "report.html").exists()
+
+
+def test_store_of_another_data_set_is_refused_with_a_difference(
+    rdd: Rdd, finished: tuple[Path, Path, str, str], tmp_path: Path
+) -> None:
+    _, run, _, _ = finished
+    store = next((run / "maps").glob("*.zarr"))
+    config = write_tiny(tmp_path / "tiny.yaml", tmp_path / "runs")
+    done = rdd("train", config, "--student", "rdd", "--store", store, "--set", "data.seed=9")
+    assert done.returncode == 1
+    assert "data.seed: expected 9, found 0" in done.stderr
+
+
+def test_help_is_there_for_every_command(rdd: Rdd) -> None:
+    top = rdd("--help")
+    assert top.returncode == 0
+    for command in ("run", "train", "report", "maps", "data"):
+        assert command in top.stdout
+        assert rdd(command, "--help").returncode == 0
+
+
+def test_bad_configuration_is_one_message_before_anything_runs(rdd: Rdd, tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path / "runs")
+    tree["teacher"]["training"]["iteratons"] = 5
+    tree["maps"]["shard_images"] = "many"
+    config = tmp_path / "bad.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    done = rdd("run", config)
+    assert done.returncode == 1
+    assert "2 problem(s)" in done.stderr
+    assert "teacher.training.iteratons: unknown key; did you mean 'iterations'?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unknown_student_is_named(rdd: Rdd, tmp_path: Path) -> None:
+    config = write_tiny(tmp_path / "tiny.yaml", tmp_path / "runs")
+    done = rdd("train", config, "--student", "nobody")
+    assert done.returncode == 1
+    assert "supervised, kd, rdd" in done.stderr
+
+
+def camvid_copy(root: Path, images: int = 3) -> Path:
+    """A miniature of the CamVid layout."""
+    for split in ("train", "val"):
+        for kind in (split, f"{split}annot"):
+            (root / kind).mkdir(parents=True)
+        for i in range(images):
+            Image.new("RGB", (80, 48), (40 * i, 90, 120)).save(root / split / f"{i:03d}.png")
+            label = Image.new("L", (80, 48), i % 11)
+            label.paste(11, (0, 0, 10, 10))
+            label.save(root / f"{split}annot" / f"{i:03d}.png")
+    return root
+
+
+def test_data_problems_are_all_listed_before_work_starts(rdd: Rdd, tmp_path: Path) -> None:
+    root = camvid_copy(tmp_path / "camvid")
+    (root / "trainannot" / "000.png").unlink()
+    Image.new("L", (20, 20)).save(root / "trainannot" / "001.png")
+    Image.new("L", (80, 48), 57).save(root / "trainannot" / "002.png")
+    (root / "val" / "001.png").write_bytes((root / "val" / "001.png").read_bytes()[:60])
+    tree = tiny_tree(tmp_path / "runs") | {"data": {"type": "camvid", "root": str(root)}}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    for command in (("data", "check"), ("run",)):
+        done = rdd(*command, config)
+        assert done.returncode == 1
+        message = done.stderr
+        for name in ("000", "001.png", "002.png", "57"):
+            assert name in message, message
+        assert "val" in message
+        assert "Traceback" not in message
+    shutil.rmtree(root)
+    done = rdd("data", "check", config)
+    assert done.returncode == 1
+    assert "trainannot" in done.stderr, "the expected layout is shown"
+
+
+def test_prefect_records_the_run(rdd: Rdd, finished: tuple[Path, Path, str, str]) -> None:
+    """The flow really ran on Prefect: its database knows the flow and its tasks."""
+    home = Path(rdd.__closure__[1].cell_contents["PREFECT_HOME"])  # type: ignore[attr-defined, index]
+    with sqlite3.connect(home / "prefect.db") as database:
+        flows = {name for (name,) in database.execute("select name from flow")}
+        tasks = {name for (name,) in database.execute("select name from task_run")}
+    assert "distill" in flows
+    assert any(name.startswith("student rdd") for name in tasks)
