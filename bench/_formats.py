@@ -52,6 +52,7 @@ class Format(ABC):
     @classmethod
     def load(cls) -> None:
         """Import what is imported late, so that it counts neither as time nor as memory."""
+        importlib.import_module("rdd_storage")
 
     @abstractmethod
     def write(self, maps: Sequence[TeacherMaps]) -> None:

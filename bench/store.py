@@ -291,14 +291,14 @@ def measure_read(kind: type[Format], setting: Setting, root: Path, crops: int) -
     """Opening, random crops, and crops in two processes at once."""
     folder = root / (MapStore if issubclass(kind, MapStore) else kind).__name__
     kind.load()
-    before = peak_memory()
+    gain = MemoryGain()
     started = time.perf_counter()
     reader = kind(setting, folder)
     reader.open()
     reader.read(*next(random_crops(setting, 0, 1)))
     cold = time.perf_counter() - started
     times = [timed(reader.read, *crop) for crop in random_crops(setting, 1, crops)]
-    peak = peak_memory() - before
+    peak = gain()
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.SimpleQueue()
     workers = [
@@ -342,13 +342,14 @@ def measure_limits(setting: Setting, root: Path, crops: int) -> dict[str, float]
     ours, zarr = kinds["MapStore"], kinds["MapStoreByZarr"]
     for reader in (ours, zarr):
         reader.open()
-    chunks = compressed_chunks(setting, folder)
+    touched = touched_chunks(setting, folder)
     plain = [item.maps.hardness for item in load(root)]
     codec = Zstd()
     times: dict[str, list[float]] = {name: [] for name in ("memcpy", "decode", "reader", "zarr")}
     for image, pixels, points in random_crops(setting, 4, crops):
         times["memcpy"].append(timed(plain[image][pixels].copy))
-        times["decode"].append(timed(lambda image=image: [codec.decode(c) for c in chunks[image]]))
+        chunks = touched(image, pixels, points)
+        times["decode"].append(timed(lambda chunks=chunks: [codec.decode(c) for c in chunks]))
         times["reader"].append(timed(ours.read, image, pixels, points))
         times["zarr"].append(timed(zarr.read, image, pixels, points))
     entropy = np.mean(
@@ -361,31 +362,42 @@ def measure_limits(setting: Setting, root: Path, crops: int) -> dict[str, float]
     return medians | {"entropy": float(entropy)}
 
 
-def compressed_chunks(setting: Setting, folder: Path) -> list[list[bytes]]:
-    """The chunks of both maps of each image, as they are stored."""
-    result: list[list[bytes]] = [[] for _ in range(setting.images)]
+def touched_chunks(
+    setting: Setting, folder: Path
+) -> Callable[[int, Window, Window], list[memoryview]]:
+    """A function that gives the stored chunks, of both maps, that a crop touches."""
     specs = map_specs(setting.schema(), setting.images)
+    stored = {}
     for name in ("hardness", "discrepancy"):
         layout = ChunkLayout.from_metadata(json.loads(array_metadata(specs[name])))
-        for image in range(setting.images):
-            shard, place = divmod(image, setting.shard_images)
-            data = (folder / object_key(specs[name], shard)).read_bytes()
-            index = layout.decode_index(data[-layout.index_size :])
-            for chunk in range(layout.chunks_per_unit // setting.shard_images):
-                per_image = layout.chunks_per_unit // setting.shard_images
-                offset, length = chunk_range(index, place * per_image + chunk)
-                result[image].append(data[offset : offset + length])
-    return result
+        shards = [
+            (folder / object_key(specs[name], shard)).read_bytes()
+            for shard in range(-(-setting.images // setting.shard_images))
+        ]
+        indices = [layout.decode_index(data[-layout.index_size :]) for data in shards]
+        stored[name] = layout, shards, indices
+
+    def touched(image: int, pixels: Window, points: Window) -> list[memoryview]:
+        chunks = []
+        for name, window in (("hardness", pixels), ("discrepancy", points)):
+            layout, shards, indices = stored[name]
+            for unit, parts in layout.parts((slice(image, image + 1), *window)).items():
+                for part in parts:
+                    offset, length = chunk_range(indices[unit[0]], part.number)
+                    chunks.append(memoryview(shards[unit[0]])[offset : offset + length])
+        return chunks
+
+    return touched
 
 
 def measure_build(setting: Setting, root: Path, shards: int) -> dict[str, float]:
     """Peak memory of a build of some shards of four images."""
     maps = load(root)[:4]
     smaller = replace(setting, images=4 * shards, shard_images=4)
-    before = peak_memory()
+    gain = MemoryGain()
     with tempfile.TemporaryDirectory(dir=root) as folder:
         write_store(smaller, Path(folder) / "s.zarr", maps)
-    return {"peak": peak_memory() - before}
+    return {"peak": gain()}
 
 
 def measure_pass(setting: Setting, root: Path, images: int) -> dict[str, float]:
@@ -467,10 +479,27 @@ def order_0_bytes(values: np.ndarray[Any, Any]) -> float:
     return float(-(share * np.log2(share)).sum() * values.size / 8)
 
 
-def peak_memory() -> int:
-    """Most bytes that this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+class MemoryGain:
+    """Most bytes that this process holds from here on, above what it holds now."""
+
+    def __init__(self) -> None:
+        self._exact = False
+        with contextlib.suppress(OSError):  # Linux: make the peak what is held now
+            Path("/proc/self/clear_refs").write_text("5")
+            self._exact = True
+        self._before = self._peak()
+
+    def __call__(self) -> int:
+        """The gain so far."""
+        return self._peak() - self._before
+
+    def _peak(self) -> int:
+        if self._exact:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return 1024 * int(line.split()[1])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +29,32 @@ _TRAINING: dict[str, Any] = {
 
 def tiny_tree(output: Path) -> dict[str, Any]:
     """The configuration as it would stand in YAML."""
-    return copy.deepcopy(
-        {
-            "name": "tiny",
-            "output": str(output),
-            "device": "cpu",
-            "data": {
-                "type": "synthetic",
-                "train_images": 7,
-                "val_images": 3,
-                "height": 48,
-                "width": 80,
-            },
-            "teacher": {"network": _NETWORK, "training": _TRAINING},
-            "maps": {"shard_images": 2, "workers": 0},
-            "student": {"network": _NETWORK, "training": _TRAINING},
-            "students": [
-                {"name": "supervised", "method": "supervised"},
-                {"name": "kd", "method": "kd"},
-                {"name": "rdd", "method": "rdd", "rdd": {"min_kept": 0.05, "switch": 0.5}},
-            ],
-        }
+    # By way of JSON: no two sections share a dictionary, so that a test may change one alone.
+    tree: dict[str, Any] = json.loads(
+        json.dumps(
+            {
+                "name": "tiny",
+                "output": str(output),
+                "device": "cpu",
+                "data": {
+                    "type": "synthetic",
+                    "train_images": 7,
+                    "val_images": 3,
+                    "height": 48,
+                    "width": 80,
+                },
+                "teacher": {"network": _NETWORK, "training": _TRAINING},
+                "maps": {"shard_images": 2, "workers": 0},
+                "student": {"network": _NETWORK, "training": _TRAINING},
+                "students": [
+                    {"name": "supervised", "method": "supervised"},
+                    {"name": "kd", "method": "kd"},
+                    {"name": "rdd", "method": "rdd", "rdd": {"min_kept": 0.05, "switch": 0.5}},
+                ],
+            }
+        )
     )
+    return tree
 
 
 def tiny_config(output: Path, **sections: Any) -> RunConfig:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.table import Table
 
 from rdd_flows.environment import configure_logging, quiet_prefect
 from rdd_storage.errors import RddError
+
+if TYPE_CHECKING:
+    from rdd_pipeline.progress import Reporter
 
 # Heavy imports (torch, Prefect) are made inside the commands, so that --help is instant and the
 # processes that Dask and the loaders spawn start quickly.
@@ -41,13 +44,14 @@ Overrides = Annotated[
         "--set 'students=[supervised, rdd]'. The value is YAML. May be repeated.",
     ),
 ]
+StorePath = Annotated[str, typer.Argument(metavar="STORE", help="Path or URL of a map store.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors and results only.")]
 
 _out = Console()
 _err = Console(stderr=True)
 
 
-def _start(quiet: bool) -> Any:
+def _start(quiet: bool) -> Reporter:
     from rdd_pipeline.progress import Reporter, set_reporter
 
     configure_logging(_err, quiet=quiet)
@@ -148,17 +152,16 @@ def maps_build(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = F
 
 
 @maps_app.command("status")
-def maps_status(
-    path: Annotated[str, typer.Argument(metavar="STORE", help="Path of a map store.")],
-) -> None:
-    """Show what a store holds, whether it is complete, and what it takes on disk."""
-    from rdd_storage import store_status
+def maps_status(path: StorePath) -> None:
+    """Show what a store holds, whether it is complete, who uses it, and its size on disk."""
+    from rdd_storage import lease_holder, store_status, uses
 
     status = store_status(path)
     table = Table(show_header=False, box=None)
     table.add_row("store", status.path)
     table.add_row("fingerprint", status.fingerprint)
     table.add_row("format version", str(status.format_version))
+    table.add_row("version", str(status.version) if status.version else "none published yet")
     table.add_row("images", f"{status.images_done} of {status.images} done")
     table.add_row("shards", f"{status.shards_done} of {status.shards} done")
     table.add_row("state", "complete" if status.complete else "unfinished; build again to resume")
@@ -167,7 +170,117 @@ def maps_status(
     )
     for name, size in status.arrays.items():
         table.add_row(f"  {name}", f"{_bytes(size / max(status.images_done, 1))} an image")
+    holder = lease_holder(path)
+    if holder is not None:
+        table.add_row("being built by", str(holder))
+    for use in uses(path):
+        table.add_row("used by", f"{use.run}, version {use.version}, {use.at:%Y-%m-%d %H:%M} UTC")
     _out.print(table)
+
+
+@maps_app.command("verify")
+def maps_verify(
+    path: StorePath,
+    against_teacher: Annotated[
+        int,
+        typer.Option(
+            "--against-teacher",
+            metavar="N",
+            min=0,
+            help="Also run the teacher again over N random images; needs --config.",
+        ),
+    ] = 0,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Configuration the store was built with.")
+    ] = None,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Read every byte of a store and list what is damaged; exit code 1 if anything is."""
+    from rdd_pipeline.errors import ConfigError
+    from rdd_storage import verify_store
+
+    if against_teacher and config is None:
+        raise ConfigError("--against-teacher: needs --config, to know the teacher and the data")
+    reporter = _start(quiet)
+    with reporter.bar("verify", 1, "objects") as bar:
+        report = verify_store(path, bar.progress_to)
+    for damage in report.damages:
+        shard = "" if damage.shard is None else f" shard {damage.shard}"
+        _out.print(f"{damage.array}{shard}: {damage.problem} ({damage.key})", soft_wrap=True)
+    _out.print(f"{report.objects} objects read, {len(report.damages)} damaged", soft_wrap=True)
+    if not report.ok:
+        _out.print(f"to mend it: rdd maps repair {path}", soft_wrap=True)
+        raise typer.Exit(1)
+    if config is not None and against_teacher:
+        _compare_with_teacher(path, config, overrides or (), against_teacher, reporter)
+
+
+def _compare_with_teacher(
+    path: str, config: Path, overrides: Sequence[str], images: int, reporter: Reporter
+) -> None:
+    from rdd_pipeline.config import load_config
+    from rdd_pipeline.data import build_dataset
+    from rdd_pipeline.stages import resolve_device, run_teacher
+    from rdd_pipeline.teacher_check import compare_with_teacher
+
+    settings = load_config(config, overrides)
+    differences = compare_with_teacher(
+        path,
+        build_dataset(settings.data, "train"),
+        settings.teacher.network,
+        run_teacher(settings, reporter).weights,
+        maps=settings.maps,
+        images=images,
+        device=str(resolve_device(settings.device)),
+        reporter=reporter,
+    )
+    table = Table("array", "in", "largest difference", "mean", "image", box=None)
+    for row in differences:
+        table.add_row(row.array, row.unit, f"{row.largest:.2e}", f"{row.mean:.2e}", row.image_id)
+    _out.print(table)
+
+
+@maps_app.command("repair")
+def maps_repair(path: StorePath, quiet: Quiet = False) -> None:
+    """Restore metadata and mark damaged shards to be built again by 'rdd maps build'."""
+    from rdd_storage import repair_store
+
+    reporter = _start(quiet)
+    with reporter.bar("verify", 1, "objects") as bar:
+        report = repair_store(path, bar.progress_to)
+    _out.print(
+        f"{len(report.damages)} damaged objects; {len(report.restored)} restored, "
+        f"{len(report.reopened)} shards to build again, {_bytes(report.bytes_freed)} freed",
+        soft_wrap=True,
+    )
+    if report.lost:
+        _out.print(
+            f"shards {list(report.lost)} hold images of earlier versions alone and cannot be "
+            "built again; remove those versions with 'rdd maps remove --version'",
+            soft_wrap=True,
+        )
+    if report.reopened:
+        _out.print("build them with: rdd maps build CONFIG", soft_wrap=True)
+
+
+@maps_app.command("remove")
+def maps_remove(
+    path: StorePath,
+    version: Annotated[
+        int | None, typer.Option("--version", help="Remove this version only.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove a store, or one version of it."""
+    from rdd_storage import remove_store, remove_version, store_status
+
+    status = store_status(path)
+    what = path if version is None else f"version {version} of {path}"
+    if not yes:
+        typer.confirm(f"Remove {what} ({_bytes(status.bytes_on_disk)})?", abort=True)
+    freed = remove_store(path) if version is None else remove_version(path, version)
+    _out.print(f"removed {what}: {_bytes(freed)} freed", soft_wrap=True)
 
 
 @maps_app.command("list")

@@ -47,6 +47,8 @@ class BuildResult:
     images: int
     images_built: int
     """Images the teacher was run on; 0 when a finished store was reused."""
+    version: int
+    """Version of the store that is published now."""
     seconds: float
     bytes_on_disk: int
     bytes_per_image: float
@@ -102,18 +104,19 @@ class ShardBuilder:
         self.network: SegmentationNetwork = build_network(task.network, task.dataset.num_classes)
         load_weights(self.network, task.weights)
         self.network.to(self.device).eval()
+        self._index = {image_id: i for i, image_id in enumerate(task.dataset.image_ids)}
 
     def build(self, shard: int) -> int:
         """Build one shard and mark it done; returns its number of images."""
         task = self.task
-        rows = task.writer.shard_rows(shard)
+        indices = [self._index[record.image_id] for record in task.writer.shard_records(shard)]
         try:
-            maps = shard_maps(self.network, task.dataset, rows, task.options, self.device)
+            maps = shard_maps(self.network, task.dataset, indices, task.options, self.device)
             task.writer.write_shard(shard, maps)
         except Exception as error:
             error.add_note(f"while building shard {shard} of {task.writer.path}")
             raise
-        return len(rows)
+        return len(indices)
 
 
 class TeacherPlugin(WorkerPlugin):
@@ -148,7 +151,10 @@ def build_maps(
     reporter: Reporter,
     digests: Sequence[str] | None = None,
 ) -> BuildResult:
-    """Build, resume or reuse the store of one teacher and data set, and publish it.
+    """Build, resume, extend or reuse the store of one teacher and data set, and publish it.
+
+    Where images were added, changed or removed since the store was published, its next version is
+    built: the teacher sees the new and changed images alone.
 
     Args:
         dataset: Images and labels the teacher runs over once.
@@ -161,7 +167,8 @@ def build_maps(
         digests: Digests of the images in the data set's order, if they are known already.
 
     Raises:
-        StoreMismatchError: Images or labels changed since the store was begun.
+        StoreMismatchError: The store there was built from other settings.
+        StoreLockedError: Another process is building this store; the message says which.
         StoreWriteError: The disk is full or not writable; finished shards are kept.
         NonFiniteError: The teacher gave NaN or infinity on an image, which is named.
     """
@@ -200,56 +207,75 @@ def build_maps(
         logits=maps.soft_labels,
     )
     writer = MapWriter.create(
-        path, schema=schema, images=records, identity=identity, palette=dataset.palette
+        path, schema=schema, images=records, identity=identity, palette=dataset.palette, grow=True
     )
-    pending = writer.pending_shards()
-    images_pending = sum(len(writer.shard_rows(shard)) for shard in pending)
-    if not pending:
+    if writer.growth is not None and not writer.growth.empty:
+        reporter.say(f"maps: {path} grows to version {writer.version}: {writer.growth}")
+    built = 0
+    if writer.complete and not writer.pending_shards():
         reporter.say(f"maps: reused, all {len(dataset)} images are in {path}")
     else:
-        if images_pending < len(dataset):
-            reporter.say(
-                f"maps: resumes, {len(dataset) - images_pending} of {len(dataset)} images are done"
+        with writer.lease():
+            built = _build_pending(
+                ShardTask(
+                    writer=writer,
+                    dataset=dataset,
+                    network=network_config,
+                    weights=weights,
+                    options=pass_options(maps),
+                    device=device,
+                ),
+                maps.workers,
+                reporter,
             )
-        task = ShardTask(
-            writer=writer,
-            dataset=dataset,
-            network=network_config,
-            weights=weights,
-            options=PassOptions(
-                soft_labels=maps.soft_labels,
-                aux_hardness=maps.aux_hardness,
-                batch_size=maps.batch_size,
-                precision=maps.precision,
-            ),
-            device=device,
-        )
-        with reporter.bar("teacher pass", images_pending) as bar:
-            _build_pending(task, pending, maps.workers, bar.advance)
-    writer.publish()
+            writer.publish()
     status = store_status(path)
     return BuildResult(
         path=path,
         fingerprint=fingerprint(identity),
         images=len(dataset),
-        images_built=images_pending,
+        version=writer.version,
+        images_built=built,
         seconds=time.perf_counter() - started,
         bytes_on_disk=status.bytes_on_disk,
         bytes_per_image=status.bytes_per_image,
     )
 
 
-def _build_pending(task: ShardTask, pending: list[int], workers: int, progress: Any) -> None:
-    if workers == 0:
-        builder = ShardBuilder(task)
-        for shard in pending:
-            progress(builder.build(shard))
-        return
-    with _local_cluster(workers) as client:
-        # What the user gave torch here, by OMP_NUM_THREADS or by default, is shared out.
-        threads = max(1, torch.get_num_threads() // workers)
-        client.register_plugin(TeacherPlugin(task, threads), name=_PLUGIN)
-        run_shards(client, pending, progress, window=2 * workers)
+def pass_options(maps: MapsConfig) -> PassOptions:
+    """What the teacher pass computes for these settings."""
+    return PassOptions(
+        soft_labels=maps.soft_labels,
+        aux_hardness=maps.aux_hardness,
+        batch_size=maps.batch_size,
+        precision=maps.precision,
+    )
+
+
+def _build_pending(task: ShardTask, workers: int, reporter: Reporter) -> int:
+    """Build the shards that are not done; returns their number of images."""
+    writer = task.writer
+    pending = writer.pending_shards()
+    images = sum(len(writer.shard_records(shard)) for shard in pending)
+    if not pending:
+        return 0
+    if images < len(task.dataset):
+        reporter.say(
+            f"maps: {len(task.dataset) - images} of {len(task.dataset)} images are done, "
+            f"{images} to build"
+        )
+    with reporter.bar("teacher pass", images) as bar:
+        if workers == 0:
+            builder = ShardBuilder(task)
+            for shard in pending:
+                bar.advance(builder.build(shard))
+            return images
+        with _local_cluster(workers) as client:
+            # What the user gave torch here, by OMP_NUM_THREADS or by default, is shared out.
+            threads = max(1, torch.get_num_threads() // workers)
+            client.register_plugin(TeacherPlugin(task, threads), name=_PLUGIN)
+            run_shards(client, pending, bar.advance, window=2 * workers)
+    return images
 
 
 def run_shards(client: Client, shards: list[int], progress: Any, window: int) -> None:

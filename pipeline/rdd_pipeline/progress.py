@@ -64,6 +64,14 @@ class Bar:
                 f"; {self._note}" if self._note else "",
             )
 
+    def progress_to(self, done: int, total: int) -> None:
+        """Move to ``done`` of ``total``, for work that learns its size as it goes."""
+        if total != self._total:
+            self._total = total
+            if self._progress is not None and self._task is not None:
+                self._progress.update(self._task, total=total)
+        self.advance(done - self._done)
+
 
 class Reporter:
     """Where long work shows how far it is and what it decided.

@@ -48,7 +48,7 @@ from rdd_pipeline.progress import Reporter
 from rdd_pipeline.signals import SignalDecoder
 from rdd_pipeline.stream import MapStream, Need
 from rdd_pipeline.trainer import Loss, TrainingResult, train
-from rdd_storage import MapReader, identity_difference
+from rdd_storage import MapReader, StoreWriteError, identity_difference, record_use
 
 RESULT_FILE = "result.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -181,6 +181,7 @@ def run_student(
         "rdd": student.rdd.model_dump(mode="json") if "rdd" in student.method else None,
         "kd": student.kd.model_dump(mode="json") if reader is not None else None,
         "store": reader.fingerprint if reader is not None else None,
+        "store_version": reader.version if reader is not None else None,
         "data": train_set.identity(),
         "images": images_digest(config.data),
     }
@@ -196,6 +197,13 @@ def run_student(
             needs.add("aux_true_prob")
     if student.distils_logits:
         needs.add("logits")
+    if reader is not None:
+        try:
+            record_use(
+                reader.path, reader.version, run=f"{config.name}/{student.name}", details=settings
+            )
+        except StoreWriteError as error:  # a shared store may well be read-only for its users
+            reporter.say(f"{student.name}: the store does not record this use ({error})")
     outcome = _train(
         config, network, build_loss(student, training), train_set, val_set, reader,
         frozenset(needs), training, seed, directory, student.name, reporter,
@@ -289,6 +297,11 @@ def image_digests(data: DataConfig, split: Literal["train", "val"] = "train") ->
     """Digests of a split's images and labels, read once per process: a run takes its data as
     they were at its start."""
     return _cached_digests(data.model_dump_json(), split)
+
+
+def forget_digests() -> None:
+    """Read files anew at the next question for their digests, as a later run would."""
+    _cached_digests.cache_clear()
 
 
 def images_digest(data: DataConfig) -> str:

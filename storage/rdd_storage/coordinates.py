@@ -44,14 +44,21 @@ def metadata_objects(schema: MapSchema, num_rows: int) -> dict[str, bytes]:
 
 
 def coordinate_objects(
-    schema: MapSchema, manifest: Manifest, num_rows: int, rewritten: Collection[int] = ()
+    schema: MapSchema,
+    manifest: Manifest,
+    num_rows: int,
+    *,
+    first_row: int = 0,
+    rewritten: Collection[int] = (),
 ) -> dict[str, bytes]:
-    """Key and content of every object of the coordinates.
+    """Key and content of the objects of the coordinates.
 
     Args:
         schema: The store's schema.
         manifest: The version that they are to repeat, with its retired rows.
         num_rows: Length of the image axis; at least the manifest's.
+        first_row: Rows before this one are stored already. What a coordinate says of a row never
+            changes, save for ``last_version``.
         rewritten: Chunks of ``last_version`` to include. It is stored where rows are retired, and
             else only where an object of a version since removed has to be replaced.
     """
@@ -67,7 +74,8 @@ def coordinate_objects(
         values = np.full(spec.shape, spec.fill, dtype)
         values[rows] = np.array([coordinate_value(name, entry) for entry in entries], dtype)
         if name != LAST_VERSION:
-            objects |= encode_objects(spec, values)
+            unit = first_row // spec.units[0]
+            objects |= encode_objects(spec, values[unit * spec.units[0] :], first=unit)
             continue
         for chunk in sorted(retired | set(rewritten)):
             start = chunk * schema.shard_images

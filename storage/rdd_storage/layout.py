@@ -31,7 +31,10 @@ NEVER = 2**31 - 1
 FIRST_VERSION = "first_version"
 LAST_VERSION = "last_version"
 
-_MAX_CHUNK = (1024, 2048)  # pixels; a larger image is split into several chunks
+# Pixels. Measured at 1024 x 2048 (bench/store.py) against whole images: crops of a quarter of the
+# image in 0.6 of the time, 1.4% more bytes; smaller chunks gain no more. An object store still
+# gets one request a crop, since an image's chunks lie side by side in the shard.
+_MAX_CHUNK = (256, 512)
 _COORDINATE_SHARDS = 256  # a coordinate is read as a whole: one object for this many shards
 
 NUM_DISCREPANCY_BINS = 248

@@ -23,7 +23,7 @@ from rdd_storage.maps import IGNORE_LABEL, ImageMaps
 from rdd_storage.schema import MapSchema
 
 Counts = npt.NDArray[np.uint32]
-_BLOCK = 1 << 17  # pixels whose 64-bit bin numbers stay in cache
+_BLOCK = 1 << 16  # pixels whose 64-bit bin numbers stay in cache
 _FLOAT16_DROP = 7  # lowest bits of the float16 pattern that a discrepancy bin spans
 
 
@@ -109,29 +109,32 @@ def image_statistics(
     classes = schema.num_classes
     codes = maps.hardness
     codes8 = codes if codes.dtype == np.uint8 else (codes >> 8).astype(np.uint8)
-    region = label_boundary(label).view(np.uint8)
+    boundary = label_boundary(label)
     correct = (label == prediction).view(np.uint8)
-    # The tables have a row for every value of a byte; rows beyond the classes are ignored pixels.
-    hardness = np.zeros((256, 2, 256), np.int64)
-    confusion = np.zeros((256, 256), np.int64)
-    confidence = np.zeros((2, 2, 256), np.int64)
-    pixels = (label, region, codes8, prediction, correct, maps.confidence)
+    # Ignored pixels get a class of their own, which is dropped in the end: the tables stay small.
+    hardness = np.zeros((classes + 1, 2, 256), np.int64)
+    confusion = np.zeros((classes + 1, 256), np.int64)
+    confidence = np.zeros((4, 256), np.int64)
+    pixels = (label, boundary, codes8, prediction, correct, maps.confidence)
     flat: list[npt.NDArray[Any]] = [np.ascontiguousarray(a).reshape(-1) for a in pixels]
     for start in range(0, label.size, _BLOCK):
         part = slice(start, start + _BLOCK)
-        of_label, of_region, of_code, of_prediction, of_correct, of_confidence = (
+        of_label, of_boundary, of_code, of_prediction, of_correct, of_confidence = (
             array[part] for array in flat
         )
-        row = of_label.astype(np.intp)
-        _count(confusion, (row << 8) | of_prediction)
-        _count(hardness, ((row << 1 | of_region) << 8) | of_code)
-        ignored = (of_label == IGNORE_LABEL).astype(np.intp)
-        _count(confidence, ((ignored << 1 | of_correct) << 8) | of_confidence)
+        row = np.minimum(of_label, np.uint8(classes))
+        _count(confusion, row, of_prediction)
+        _count(hardness[:, 0], row, of_code)
+        near = np.flatnonzero(of_boundary)  # few: counted once more, and taken off in the end
+        _count(hardness[:, 1], row[near], of_code[near])
+        ignored = (of_label == IGNORE_LABEL).view(np.uint8)
+        _count(confidence, ignored << 1 | of_correct, of_confidence)
+    hardness[:, 0] -= hardness[:, 1]
 
     return {
         "hardness": hardness[:classes, :, :NUM_HARDNESS_BINS].astype(np.uint32),
         "confusion": confusion[:classes, :classes].astype(np.uint32),
-        "confidence": confidence[0, :, :NUM_CONFIDENCE_BINS].astype(np.uint32),
+        "confidence": confidence[:2, :NUM_CONFIDENCE_BINS].astype(np.uint32),
         "discrepancy": _discrepancy_histogram(discrepancy, label, correct),
         "sums": _sums(discrepancy),
     }
@@ -164,8 +167,15 @@ def nearest_pixels(points: int, pixels: int) -> npt.NDArray[np.intp]:
     return np.array([round(index * step) for index in range(points)], np.intp)
 
 
-def _count(table: npt.NDArray[np.int64], bins: npt.NDArray[np.intp]) -> None:
-    table.reshape(-1)[...] += np.bincount(bins, minlength=table.size)
+def _count(
+    table: npt.NDArray[np.int64], row: npt.NDArray[np.uint8], column: npt.NDArray[np.uint8]
+) -> None:
+    """Add the pairs of row and column to a table of 256 columns."""
+    # Pairs of bytes, taken as numbers of 16 bits: made in a quarter of the time of arithmetic.
+    pairs = np.empty((row.size, 2), np.uint8)
+    pairs[:, 0], pairs[:, 1] = column, row
+    counts = np.bincount(pairs.reshape(-1).view("<u2"), minlength=256 * len(table))
+    table += counts.reshape(-1, 256)
 
 
 def _discrepancy_histogram(

@@ -35,6 +35,7 @@ from rdd_storage.errors import (
 from rdd_storage.growth import Growth, compare_images, plan_version
 from rdd_storage.identity import canonical, fingerprint, identity_difference, mismatch_error
 from rdd_storage.layout import (
+    FIRST_VERSION,
     LAST_VERSION,
     NEVER,
     ArraySpec,
@@ -373,7 +374,10 @@ class MapWriter:
                 return
             num_rows = max(head.num_rows, self._manifest.num_rows)
             if self.version > 1 or num_rows != len(self.records):
-                self._put_changed(self._derived_objects(num_rows))
+                base_rows = 0
+                if head.complete and FIRST_VERSION in head.arrays:
+                    base_rows = read_manifest(head).num_rows
+                self._put_changed(self._derived_objects(num_rows, base_rows))
             location = self._head.location
             location.remove_partial_writes()
             if manifest_digest(location.get(manifest_key(self.version)) or b"") != self._digest:
@@ -447,12 +451,14 @@ class MapWriter:
         self._head = replace(self._head, draft=(self.version, manifest_digest(manifest)))
         location.create(HEAD_KEY, self._head.encode())
 
-    def _derived_objects(self, num_rows: int) -> dict[str, bytes]:
+    def _derived_objects(self, num_rows: int, first_row: int = 0) -> dict[str, bytes]:
+        """Metadata, and coordinates from a row on."""
         keys = self._head.location.list_sizes(f"{LAST_VERSION}/c")
         chunks = [int(key.rpartition("/")[2]) for key, _ in keys]
-        return metadata_objects(self.schema, num_rows) | coordinate_objects(
-            self.schema, self._manifest, num_rows, chunks
+        coordinates = coordinate_objects(
+            self.schema, self._manifest, num_rows, first_row=first_row, rewritten=chunks
         )
+        return metadata_objects(self.schema, num_rows) | coordinates
 
     def _put_changed(self, objects: Mapping[str, bytes]) -> tuple[str, ...]:
         location = self._head.location
@@ -572,6 +578,11 @@ class MapWriter:
     def _in_row_order(
         self, shard: int, records: list[ImageRecord], maps: Sequence[ImageMaps]
     ) -> list[ImageMaps]:
+        if not records:
+            raise ShardDataError(
+                f"{self.path}: shard {shard}: expected a shard with images of version "
+                f"{self.version}, got one that earlier versions alone use; write pending shards"
+            )
         by_id = {item.image_id: item for item in maps}
         wanted = {record.image_id for record in records}
         missing = [record.image_id for record in records if record.image_id not in by_id]

@@ -12,20 +12,28 @@ Rdd = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
-def rdd(tmp_path_factory: pytest.TempPathFactory) -> Rdd:
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the database in which the tests' runs are recorded."""
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture(scope="session")
+def rdd(prefect_home: Path) -> Rdd:
     """Run the installed command ``rdd`` as a user types it, with a Prefect home of its own."""
-    home = tmp_path_factory.mktemp("prefect")
     command = Path(sys.executable).parent / "rdd"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
-    environment |= {"PREFECT_HOME": str(home), "COLUMNS": "160"}
+    environment |= {"PREFECT_HOME": str(prefect_home), "COLUMNS": "160"}
 
-    def run(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str | Path, timeout: float = 300, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(command), *map(str, arguments)],
             env=environment,
             capture_output=True,
             text=True,
             timeout=timeout,
+            input=stdin,
         )
 
     return run

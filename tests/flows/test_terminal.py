@@ -6,9 +6,10 @@ import io
 import logging
 
 import pytest
+from rich.console import Console
+
 from rdd_flows.environment import configure_logging
 from rdd_pipeline.progress import Reporter
-from rich.console import Console
 
 
 def test_bars_nest_and_messages_stand_above_them() -> None:

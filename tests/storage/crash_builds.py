@@ -69,9 +69,10 @@ def build(path: str, version: int) -> None:
     writer.publish()
 
 
-def die_at(operation: int, path: str) -> None:
-    """Kill this process just before it changes the file system for the n-th time from now."""
-    left = operation
+def die_as_told(command: dict[str, Any], name: str) -> None:
+    """Kill this process just before it changes the store for the n-th time from now."""
+    left = command["deaths"].get(name, 0)
+    path = command["path"]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
@@ -93,8 +94,7 @@ def work(command: dict[str, Any], index: int, orders: int, answers: int) -> None
         return  # the coordinator was killed before it had anything to do
     writer: MapWriter
     writer, shards = pickle.loads(content)
-    if command["victim"] == index:
-        die_at(command["operation"], command["path"])
+    die_as_told(command, f"worker {index}")
     for shard in shards:
         writer.write_shard(shard, maps_of(writer, shard))
     os.write(answers, b"1")
@@ -114,8 +114,7 @@ def coordinate(command: dict[str, Any]) -> int:
         os.close(reading)
         orders.append(writing)
     os.close(answering)
-    if command["victim"] == "coordinator":
-        die_at(command["operation"], command["path"])
+    die_as_told(command, "coordinator")
     writer = plan(command["path"], command["version"])
     with writer.lease(wait=command["wait"]):
         pending = writer.pending_shards()

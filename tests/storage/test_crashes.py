@@ -37,14 +37,19 @@ class Builds:
         return json.loads(self._process.stdout.readline())
 
     def start(
-        self, path: Path, version: int, victim: object = None, operation: int = 0, wait: float = 20
+        self,
+        path: Path,
+        version: int,
+        *,
+        deaths: dict[str, int] | None = None,
+        wait: float = 60,
     ) -> int:
+        """Start a build; its processes die at their n-th change of the store, as given."""
         return self.ask(
             do="build",
             path=str(path),
             version=version,
-            victim=victim,
-            operation=operation,
+            deaths=deaths or {},
             wait=wait,
         )
 
@@ -136,10 +141,13 @@ def test_killed_builds_resume_to_the_same_bytes(
             kept: dict[str, tuple[int, int]] = finished(path)
             while True:
                 way = rng.choice(["operation", "operation", "all", "orphans"])
-                victim = rng.choice(["coordinator", 0, 1])
+                deaths = {
+                    name: rng.randint(1, 130)
+                    for name in ("coordinator", "worker 0", "worker 1")
+                    if rng.random() < 0.6
+                }
                 if way == "operation":
-                    most = 150 if victim == "coordinator" else 130
-                    builds.start(path, version, victim, rng.randint(1, most))
+                    builds.start(path, version, deaths=deaths)
                 else:
                     group = builds.start(path, version)
                     time.sleep(rng.uniform(0, 0.7) * duration)
@@ -149,13 +157,13 @@ def test_killed_builds_resume_to_the_same_bytes(
                         else:
                             os.kill(group, signal.SIGKILL)
                             # The workers live on beside those of the next build.
-                            builds.start(path, version, victim, rng.randint(1, 130))
+                            builds.start(path, version, deaths=deaths)
                     except ProcessLookupError:
                         pass  # not yet a group of its own, or at its end
                 statuses = builds.wait()
                 assert set(statuses) <= allowed
                 killed = statuses.count(-signal.SIGKILL)
-                kills[way] += killed if way == "orphans" else min(killed, 1)
+                kills[way] += min(killed, 1) if way == "all" else killed
                 now = finished(path)
                 assert kept.items() <= now.items(), "a finished shard was written again"
                 kept = now

@@ -121,17 +121,44 @@ class TestContract:
         building.build(path, schema=replace(building.SCHEMA, shard_images=shard_images))
         assert_same_maps(path, store)
 
-    def test_readers_open_anew_in_other_processes(self, building: ModuleType, place: str) -> None:
-        if place.startswith("memory"):
-            pytest.skip("a memory store belongs to its process")
+    def test_windows_of_images_of_several_chunks(self, building: ModuleType, place: str) -> None:
         path = f"{place}/s.zarr"
-        building.build(path)
+        records = [
+            replace(record, height=300, width=530, grid_height=4, grid_width=5)
+            for record in building.records(2)
+        ]
+        schema = replace(building.SCHEMA, height=300, width=530)
+        writer = MapWriter.create(path, schema=schema, images=records, identity={"a": 1})
+        maps = [building.maps_of(record) for record in records]
+        writer.write_shard(0, maps)
+        writer.publish()
         reader = MapReader(path)
-        expected = reader.read("hardness", "scene/1")
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            found = pool.submit(reader.read, "hardness", "scene/1").result(timeout=120)
-        np.testing.assert_array_equal(found, expected)
+        rng = np.random.default_rng(0)
+        for _ in range(8):
+            index = int(rng.integers(2))
+            top, left = int(rng.integers(299)), int(rng.integers(529))
+            bottom, right = int(rng.integers(top, 300)) + 1, int(rng.integers(left, 530)) + 1
+            window = (slice(top, bottom), slice(left, right))
+            np.testing.assert_array_equal(
+                reader.read("hardness", f"scene/{index}", window), maps[index].hardness[window]
+            )
+        (shard,) = reader.iter_shards(["prediction"])
+        for found, expected in zip(shard.maps["prediction"], maps, strict=True):
+            np.testing.assert_array_equal(found, expected.prediction)
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])  # a memory store belongs to its process
+def test_readers_open_anew_in_other_processes(
+    building: ModuleType, tmp_path: Path, request: pytest.FixtureRequest, kind: str
+) -> None:
+    place = tmp_path if kind == "local" else request.getfixturevalue("place_on_s3")
+    building.build(f"{place}/s.zarr")
+    reader = MapReader(f"{place}/s.zarr")
+    expected = reader.read("hardness", "scene/1")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        found = pool.submit(reader.read, "hardness", "scene/1").result(timeout=120)
+    np.testing.assert_array_equal(found, expected)
 
 
 class TestFaults:

@@ -291,12 +291,12 @@ def _place_objects(
             x = side * (street.road + 0.35 * (street.side - street.road))
             place(z, _tree(street, x, z, rng))
             z += rng.uniform(1.8, 5.0)
-        z = rng.uniform(1.15, 3.0)
-        while z < 10.0:
+        z = rng.uniform(1.1, 2.4)
+        while z < 6.0:
             place(z, _pole(street, side, side * (street.road + 0.45), z, rng))
-            z += rng.uniform(1.6, 5.0)
-        for _ in range(int(rng.integers(0, 5))):
-            z = rng.uniform(1.3, 6.0)
+            z += rng.uniform(1.2, 3.0)
+        for _ in range(int(rng.integers(1, 6))):
+            z = rng.uniform(1.2, 4.5)
             x = side * rng.uniform(street.road + 0.5, street.side - 0.4)
             place(z, _pedestrian(street, x, z, rng))
     if rng.uniform() < 0.3:
@@ -397,7 +397,7 @@ def _tree(
 def _pole(
     street: _Street, side: int, x: float, z: float, rng: np.random.Generator
 ) -> Callable[[_Canvas], None]:
-    colour = _shade(_colour(rng, (96, 98, 98), 18), rng.uniform(0.5, 1.5))
+    colour = _shade(_colour(rng, (96, 98, 98), 18), rng.uniform(0.25, 0.6))
     lamp = rng.uniform() < 0.5
     height = rng.uniform(5.0, 8.0) if lamp else rng.uniform(2.2, 4.0)
     plate = None if lamp or rng.uniform() < 0.3 else _colour(rng, (120, 90, 110), 80)
@@ -406,12 +406,12 @@ def _pole(
         scale = street.pixels_per_metre / z
         middle, top = street.point(x, height, z)
         _, bottom = street.point(x, 0.0, z)
-        # One to three pixels at the default height of 128, and never less than one.
-        width = max(1, round(min(0.14 * scale, 3.0 * street.height / 128)))
+        # One to five pixels at the default height of 128, and never less than one.
+        width = max(1, round(min(0.3 * scale, 5.0 * street.height / 128)))
         left = round(middle - width / 2)
         canvas.box((left, top, left + width, bottom), colour, POLE)
         if lamp:
-            reach, thin = -side * 1.4 * scale, max(1.0, 0.08 * scale)
+            reach, thin = -side * 1.4 * scale, max(1.0, 0.14 * scale)
             arm = sorted((middle, middle + reach))
             canvas.box((arm[0], top, arm[1], top + thin), colour, POLE)
         elif plate is not None:
@@ -421,12 +421,16 @@ def _pole(
     return draw
 
 
+_COATS: tuple[Colour, ...] = ((196, 60, 52), (214, 168, 48), (60, 92, 190), (216, 116, 44))
+
+
 def _pedestrian(
     street: _Street, x: float, z: float, rng: np.random.Generator
 ) -> Callable[[_Canvas], None]:
-    coat, trousers = _colour(rng, (100, 90, 95), 60), _colour(rng, (60, 60, 70), 35)
+    coat = _colour(rng, _COATS[rng.integers(len(_COATS))], 30)
+    trousers = _colour(rng, (60, 60, 70), 35)
     skin = _shade((196, 152, 124), rng.uniform(0.5, 1.1))
-    tall, stride, wide = rng.uniform(1.45, 1.9), rng.uniform(0.05, 0.28), rng.uniform(0.2, 0.28)
+    tall, stride, wide = rng.uniform(1.5, 1.95), rng.uniform(0.05, 0.28), rng.uniform(0.24, 0.34)
 
     def draw(canvas: _Canvas) -> None:
         def part(corners: Sequence[Point], colour: Colour) -> None:
