@@ -83,7 +83,11 @@ def train(
     config: ConfigPath,
     student: Annotated[str, typer.Option("--student", help="Name of the student in CONFIG.")],
     store: Annotated[
-        Path | None, typer.Option("--store", help="Map store; needed unless supervised.")
+        str | None,
+        typer.Option(
+            "--store",
+            help="Path or URL of the map store; by default the one in maps.root that fits.",
+        ),
     ] = None,
     overrides: Overrides = None,
     quiet: Quiet = False,
@@ -93,8 +97,10 @@ def train(
     For several processes or GPUs start it with 'accelerate launch' or 'torchrun'.
     """
     from rdd_pipeline.config import load_config
+    from rdd_pipeline.data import build_dataset
     from rdd_pipeline.errors import ConfigError
     from rdd_pipeline.stages import check_data, run_student
+    from rdd_storage import find_store
 
     settings = load_config(config, overrides or ())
     reporter = _start(quiet)
@@ -103,7 +109,11 @@ def train(
         names = ", ".join(item.name for item in settings.students)
         raise ConfigError(f"--student {student}: {config} has the students {names}")
     check_data(settings, reporter)
-    trained = run_student(settings, chosen, None if store is None else str(store), reporter)
+    if store is None and chosen.method != ("supervised",):
+        identity = build_dataset(settings.data, "train").identity()
+        store = find_store(settings.maps_root, data=identity).path
+        reporter.say(f"{chosen.name}: reads {store}")
+    trained = run_student(settings, chosen, store, reporter)
     _out.print(
         f"{trained.name}: mIoU {trained.result['metrics']['miou']:.4f}, weights {trained.weights}",
         soft_wrap=True,
@@ -285,24 +295,43 @@ def maps_remove(
 
 @maps_app.command("list")
 def maps_list(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder that holds stores.")],
+    root: Annotated[str, typer.Argument(metavar="ROOT", help="Folder or URL that holds stores.")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="Only stores of this data set or split.")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher", help="Only stores of this architecture, encoder or weights' hash."
+        ),
+    ] = None,
 ) -> None:
-    """List the map stores below a folder."""
-    from rdd_storage import list_stores
+    """List the map stores in a folder, and what they take together."""
+    from rdd_storage import find_stores, list_stores
 
-    table = Table("store", "images", "state", "size", box=None)
+    wanted = {status.path for status in find_stores(root, teacher=teacher, data=data)}
+    filtered = data is not None or teacher is not None
+    table = Table("store", "images", "version", "state", "size", box=None)
+    total = 0
     for store in list_stores(root):
+        name = store.path.rstrip("/").rpartition("/")[2]
         status = store.status
         if status is None:
-            table.add_row(Path(store.path).name, "", store.problem, "")
+            if not filtered:
+                table.add_row(name, "", "", store.problem, "")
             continue
+        if store.path not in wanted:
+            continue
+        total += status.bytes_on_disk
         table.add_row(
-            Path(status.path).name,
+            name,
             str(status.images),
+            str(status.version or "-"),
             "complete" if status.complete else f"{status.images_done} done",
             _bytes(status.bytes_on_disk),
         )
     _out.print(table)
+    _out.print(f"together {_bytes(total)}")
 
 
 def print_results(results: dict[str, Any]) -> None:

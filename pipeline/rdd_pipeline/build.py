@@ -146,7 +146,7 @@ def build_maps(
     weights: Path,
     *,
     maps: MapsConfig,
-    root: Path,
+    root: str | Path,
     device: str,
     reporter: Reporter,
     digests: Sequence[str] | None = None,
@@ -161,7 +161,7 @@ def build_maps(
         network_config: The teacher's network.
         weights: Its weights, as :func:`rdd_pipeline.networks.save_weights` writes them.
         maps: What to store and how many workers to use.
-        root: Folder of the store; its name carries data set, split and fingerprint.
+        root: Folder or URL of the store; its name carries data set, split and fingerprint.
         device: Torch device of the teacher pass.
         reporter: Where progress is shown.
         digests: Digests of the images in the data set's order, if they are known already.

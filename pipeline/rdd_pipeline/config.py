@@ -244,8 +244,8 @@ class TeacherConfig(Model):
 class MapsConfig(Model):
     """What the teacher pass writes, and how."""
 
-    root: Path | None = None
-    """Folder of the map stores; None puts them into the run's folder."""
+    root: str | None = None
+    """Folder or URL (``s3://bucket/maps``) of the map stores; None takes the run's folder."""
     soft_labels: bool = True
     """Store the teacher's logits at the output stride, for logit distillation."""
     aux_hardness: bool = True
@@ -302,9 +302,9 @@ class RunConfig(Model):
         return self.output / self.name
 
     @property
-    def maps_root(self) -> Path:
-        """Folder of the map stores."""
-        return self.maps.root if self.maps.root is not None else self.run_dir / "maps"
+    def maps_root(self) -> str:
+        """Folder or URL of the map stores."""
+        return self.maps.root if self.maps.root is not None else str(self.run_dir / "maps")
 
     def student_network(self, student: StudentConfig) -> NetworkConfig:
         """The student's network, its own or the shared one."""

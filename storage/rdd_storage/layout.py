@@ -31,10 +31,6 @@ NEVER = 2**31 - 1
 FIRST_VERSION = "first_version"
 LAST_VERSION = "last_version"
 
-# Pixels. Measured at 1024 x 2048 (bench/store.py) against whole images: crops of a quarter of the
-# image in 0.6 of the time, 1.4% more bytes; smaller chunks gain no more. An object store still
-# gets one request a crop, since an image's chunks lie side by side in the shard.
-_MAX_CHUNK = (256, 512)
 _COORDINATE_SHARDS = 256  # a coordinate is read as a whole: one object for this many shards
 
 NUM_DISCREPANCY_BINS = 248
@@ -86,6 +82,7 @@ def map_specs(schema: MapSchema, num_rows: int) -> dict[str, ArraySpec]:
     size = (schema.height, schema.width)
     grid = (schema.grid_height, schema.grid_width)
     pixels, points = ("y", "x"), ("grid_y", "grid_x")
+    largest = (schema.chunk_height, schema.chunk_width)
     hardness = {
         "long_name": "learning difficulty of the pixel for the teacher",
         "comment": "sqrt(1 - probability of the labelled class); NaN where there is no label",
@@ -108,7 +105,7 @@ def map_specs(schema: MapSchema, num_rows: int) -> dict[str, ArraySpec]:
         inner: tuple[int, ...],
         **attrs: Any,
     ) -> ArraySpec:
-        chunk = inner[:-2] + tuple(map(_balanced_chunk, inner[-2:], _MAX_CHUNK))
+        chunk = inner[:-2] + tuple(map(_balanced_chunk, inner[-2:], largest))
         return ArraySpec(
             name=name,
             dtype=dtype,

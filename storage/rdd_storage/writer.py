@@ -66,6 +66,7 @@ from rdd_storage.schema import ImageRecord, MapSchema, check_images, record_diff
 from rdd_storage.shards import ShardContent
 
 _SIZES = ("height", "width", "grid_height", "grid_width")
+_CHUNKS = ("chunk_height", "chunk_width")
 _LISTED = 10  # differing images that a message names
 _BRIEF_WAIT = 5.0  # seconds; planning and publishing hold the lease for less
 
@@ -473,12 +474,12 @@ class MapWriter:
         identity: Mapping[str, Any] | None,
         sizes: Sequence[str],
     ) -> None:
-        """Compare what is given; of the schema's sizes only those listed."""
+        """Compare what is given; of the schema's sizes only those listed, and no chunk shapes."""
         lines: list[str] = []
         if identity is not None:
             lines += identity_difference(identity, self._head.identity)
         if schema is not None:
-            left_out = set(_SIZES) - set(sizes)
+            left_out = {*_SIZES, *_CHUNKS} - set(sizes)
             wanted, found = (
                 {key: value for key, value in each.to_json().items() if key not in left_out}
                 for each in (schema, self.schema)

@@ -80,6 +80,8 @@ def test_maps_status_and_list(rdd: Rdd, finished: tuple[Path, Path, str, str]) -
         assert expected in status.stdout
     listed = rdd("maps", "list", run / "maps")
     assert store.name in listed.stdout
+    assert store.name in rdd("maps", "list", run / "maps", "--teacher", "FPN").stdout
+    assert store.name not in rdd("maps", "list", run / "maps", "--data", "camvid").stdout
     missing = rdd("maps", "status", run)
     assert missing.returncode == 1
     assert "error:" in missing.stderr
@@ -126,9 +128,13 @@ def test_train_uses_a_ready_store_and_report_is_written_again(
     _, run, _, _ = finished
     store = next((run / "maps").glob("*.zarr"))
     config = write_tiny(tmp_path / "tiny.yaml", tmp_path / "runs")
-    done = rdd("train", config, "--student", "rdd", "--store", store)
+    nowhere = rdd("train", config, "--student", "rdd")
+    assert nowhere.returncode == 1
+    assert "no map store below it" in nowhere.stderr
+    done = rdd("train", config, "--student", "rdd", "--set", f"maps.root={store.parent}")
     assert done.returncode == 0, done.stderr
     assert "rdd: mIoU" in done.stdout
+    assert f"reads {store}" in done.stderr
     (run / "report.html").unlink()
     assert rdd("report", run).returncode == 0
     assert (run / "report.html").exists()

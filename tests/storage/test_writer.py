@@ -104,6 +104,27 @@ def test_large_images_are_cut_into_even_chunks(building: ModuleType, tmp_path: P
     )
 
 
+def test_a_store_keeps_the_chunks_it_was_made_with(building: ModuleType, tmp_path: Path) -> None:
+    path, other = tmp_path / "s.zarr", tmp_path / "other.zarr"
+    coarse = replace(building.SCHEMA, chunk_height=10, chunk_width=7)
+    start(building, path, schema=coarse)
+    building.build(path)  # with the usual chunks, as a later version of this library may
+    assert MapReader(path).schema == coarse
+    extended = MapWriter.extend(path, images=building.records(6), schema=building.SCHEMA)
+    for shard in extended.pending_shards():
+        extended.write_shard(
+            shard, [building.maps_of(record) for record in extended.shard_records(shard)]
+        )
+    extended.publish()
+    assert verify_store(path).ok
+    building.build(other, count=6)
+    reader, usual = MapReader(path), MapReader(other)
+    for array in reader.arrays:
+        for image_id in usual.image_ids:
+            values = reader.read(array, image_id)
+            np.testing.assert_array_equal(values, usual.read(array, image_id))
+
+
 def test_create_resumes_the_same_store(building: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "s.zarr"
     first = start(building, path)
