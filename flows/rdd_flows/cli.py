@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -400,6 +402,8 @@ class _Logged(Exception):
 
 def main() -> None:
     """Entry point: one clear line for an error, and an exit code that says so."""
+    # A scheduler's SIGTERM must not leave workers and the embedded Prefect server behind.
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except _Logged as failure:
@@ -415,6 +419,10 @@ def main() -> None:
         # The reader of our output went away, as in 'rdd maps list | head'.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _fail(message: str, log: Path | None) -> None:

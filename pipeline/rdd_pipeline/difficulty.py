@@ -169,6 +169,13 @@ def hard_threshold(
     if position == prob.numel():
         kth = prob.amax()
     elif prob.device.type == "cpu":
+        # Once enough pixels lie below the threshold it decides, and counting them is several
+        # times cheaper than the selection. (A compiled graph must not branch on data.)
+        if (
+            not torch.compiler.is_compiling()
+            and int(torch.count_nonzero(prob <= threshold)) >= position
+        ):
+            return prob.new_full((), threshold)
         kth = prob.kthvalue(position).values
     else:
         # On a device kthvalue puts one block of threads to work; topk puts all.

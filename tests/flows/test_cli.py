@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import sqlite3
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,6 +153,45 @@ def test_store_of_another_data_set_is_refused_with_a_difference(
     done = rdd("train", config, "--student", "rdd", "--store", store, "--set", "data.seed=9")
     assert done.returncode == 1
     assert "data.seed: expected 9, found 0" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_leaves_no_process_behind_and_resumes(
+    prefect_home: Path, rdd: Rdd, tmp_path: Path, number: signal.Signals
+) -> None:
+    tree = tiny_tree(tmp_path / "runs")
+    tree["teacher"]["training"]["iterations"] = 100_000
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    process = subprocess.Popen(
+        [Path(sys.executable).parent / "rdd", "run", config],
+        env=os.environ | {"PREFECT_HOME": str(prefect_home)},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    checkpoints = tmp_path / "runs" / "tiny" / "teacher" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("0*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    assert process.wait(timeout=60) in (128 + number, 1)
+    remaining = deadline + 30
+    while others := processes_of_session(process.pid):
+        assert time.monotonic() < remaining, others
+        time.sleep(0.1)
+
+
+def processes_of_session(session: int) -> list[str]:
+    """Command lines of the processes of a session that are still alive."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+    return found
 
 
 def test_help_is_there_for_every_command(rdd: Rdd) -> None:
