@@ -35,7 +35,7 @@ from rdd_pipeline.data.geometry import (
     resample_field,
 )
 from rdd_pipeline.errors import ConfigError, DataError, ImageReadError
-from rdd_storage import MapReader, UnknownArrayError
+from rdd_storage import ImageRecord, MapReader, UnknownArrayError
 
 Need = Literal["weight", "true_prob", "aux_true_prob", "logits"]
 
@@ -88,8 +88,9 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
         identity: Identity expected of the store; None expects the data set's part of it alone.
         digests: Digests of the data set's images in its order, if they are known already.
         progress: Called with the number of images digested since the last call.
-        ram_budget: Bytes per process up to which the discrepancies of all images are kept in
-            memory once read; above it each crop reads its window.
+        ram_budget: Bytes per process for maps kept in memory once read. An array of the store is
+            kept if it fits for all images, ``discrepancy`` first; of others each crop reads its
+            window.
 
     Raises:
         DataError: The data set is empty.
@@ -133,7 +134,7 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
         self.seed, self.length = seed, length
         self.needs = tuple(need for need in _ARRAYS if need in needs)
         self.grid_size = grid_size
-        self._keep_discrepancies = False
+        self._kept: frozenset[Need] = frozenset()
         self._sizes: dict[int, Size] = {}
         if reader is not None:
             _require_arrays(reader, self.needs)
@@ -146,15 +147,14 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
             reader.check(identity, dict(zip(dataset.image_ids, digests, strict=True)))
             records = [reader.record(image_id) for image_id in dataset.image_ids]
             self._sizes = {i: (r.height, r.width) for i, r in enumerate(records)}
-            size_in_ram = 2 * sum(r.grid_height * r.grid_width for r in records)
-            self._keep_discrepancies = size_in_ram <= ram_budget
+            self._kept = _kept_in_ram(self.needs, records, reader, ram_budget)
         elif self.needs:
             raise ValueError(f"reader: needed for {', '.join(self.needs)}, got None")
-        self._discrepancies: dict[int, NDArray[np.float16]] = {}
+        self._maps: dict[tuple[Need, int], NDArray[Any]] = {}
         self._orders: dict[int, NDArray[np.int64]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_discrepancies": {}, "_orders": {}}
+        return self.__dict__ | {"_maps": {}, "_orders": {}}
 
     def __len__(self) -> int:
         return self.length
@@ -228,57 +228,39 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
         field_size = (record.grid_height, record.grid_width)
         windows: dict[Need, Window | None] = {}
         for need in self.needs:
-            if need == "weight":
-                if index not in self._discrepancies:
-                    keep = self._keep_discrepancies
-                    windows[need] = None if keep else field_window(window, field_size)
-            elif need == "logits":
-                windows[need] = field_window(window, field_size, points=self.grid_size)
+            if (need, index) in self._maps:
+                continue
+            if need in self._kept:
+                windows[need] = None
+            elif need in ("weight", "logits"):
+                points = self.grid_size if need == "logits" else None
+                windows[need] = field_window(window, field_size, points=points)
             else:
                 windows[need] = pixels
         read = reader.read_many([(_ARRAYS[need], image_id, part) for need, part in windows.items()])
         arrays: dict[Need, NDArray[Any]] = dict(zip(windows, read, strict=True))
+        for need in self._kept & arrays.keys():
+            self._maps[need, index] = arrays[need]
 
         maps: dict[str, NDArray[Any]] = {}
-        pixel_origin = (pixels[0].start, pixels[1].start)
         for need in self.needs:
+            array = arrays[need] if need in arrays else self._maps[need, index]
+            part = windows.get(need)
+            origin = (0, 0) if part is None else (part[0].start, part[1].start)
             if need == "weight":
-                maps["weight"] = self._weight(index, window, field_size, windows, arrays)
+                # Exponent before interpolation: the weight is the interpolated exp(-D).
+                maps["weight"] = resample_field(
+                    np.exp(-array.astype(np.float32)), window, field_size, origin=origin, fill=1.0
+                )
             elif need == "logits":
-                part = windows[need]
                 logits_Chw = resample_field(
-                    arrays[need],
-                    window,
-                    field_size,
-                    points=self.grid_size,
-                    origin=(part[0].start, part[1].start) if part else (0, 0),
+                    array, window, field_size, points=self.grid_size, origin=origin
                 )
                 maps["logits"] = logits_Chw.astype(np.float16)
                 maps["logits_valid"] = covered_points(window, self.grid_size)
             else:
-                maps[f"{need}_code"] = crop_nearest(arrays[need], window, origin=pixel_origin)
+                maps[f"{need}_code"] = crop_nearest(array, window, origin=origin)
         return maps
-
-    def _weight(
-        self,
-        index: int,
-        window: CropWindow,
-        field_size: Size,
-        windows: Mapping[Need, Window | None],
-        arrays: Mapping[Need, NDArray[Any]],
-    ) -> NDArray[np.float32]:
-        part = field_window(window, field_size)
-        if "weight" not in windows:
-            discrepancy = self._discrepancies[index][part]
-        elif windows["weight"] is None:
-            self._discrepancies[index] = arrays["weight"]
-            discrepancy = arrays["weight"][part]
-        else:
-            discrepancy = arrays["weight"]
-        # The exponent is taken before the interpolation, as the method defines the weight.
-        weight = np.exp(-discrepancy.astype(np.float32))
-        origin = (part[0].start, part[1].start)
-        return resample_field(weight, window, field_size, origin=origin, fill=1.0)
 
     def _size(self, index: int) -> Size:
         size = self._sizes.get(index)
@@ -367,6 +349,27 @@ def _start_worker(_: int) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(trim_threshold, 2**28)
         libc.mallopt(mmap_threshold, 2**25)
+
+
+def _kept_in_ram(
+    needs: Sequence[Need], records: Sequence[ImageRecord], reader: MapReader, budget: int
+) -> frozenset[Need]:
+    """The needs whose maps of all images fit into memory together, in the order of ``_ARRAYS``."""
+    pixels = sum(record.height * record.width for record in records)
+    points = sum(record.grid_height * record.grid_width for record in records)
+    code_bytes = reader.schema.hardness_bits // 8
+    sizes: dict[Need, int] = {
+        "weight": 2 * points,
+        "true_prob": code_bytes * pixels,
+        "aux_true_prob": code_bytes * pixels,
+        "logits": 2 * reader.schema.num_classes * points,
+    }
+    kept: set[Need] = set()
+    for need in needs:
+        if sizes[need] <= budget:
+            kept.add(need)
+            budget -= sizes[need]
+    return frozenset(kept)
 
 
 def _require_arrays(reader: MapReader, needs: Sequence[Need]) -> None:

@@ -217,7 +217,7 @@ def test_16_bit_codes(tmp_path):
     assert torch.equal(batch["true_prob_code"].int(), expected)
 
 
-def test_memory_for_discrepancies_changes_nothing(store):
+def test_memory_for_maps_changes_nothing(store):
     kept, windowed = stream_of(store), stream_of(store, ram_budget=0)
     for k in range(12):
         assert_same(kept[k], windowed[k])
