@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rdd_flows.environment import configure_logging, quiet_prefect
+from rdd_pipeline.files import readable_bytes
 from rdd_storage.errors import RddError
 
 if TYPE_CHECKING:
@@ -178,10 +179,11 @@ def maps_status(path: StorePath) -> None:
     table.add_row("shards", f"{status.shards_done} of {status.shards} done")
     table.add_row("state", "complete" if status.complete else "unfinished; build again to resume")
     table.add_row(
-        "on disk", f"{_bytes(status.bytes_on_disk)}, {_bytes(status.bytes_per_image)} an image"
+        "on disk",
+        f"{readable_bytes(status.bytes_on_disk)}, {readable_bytes(status.bytes_per_image)} an image",
     )
     for name, size in status.arrays.items():
-        table.add_row(f"  {name}", f"{_bytes(size / max(status.images_done, 1))} an image")
+        table.add_row(f"  {name}", f"{readable_bytes(size / max(status.images_done, 1))} an image")
     holder = lease_holder(path)
     if holder is not None:
         table.add_row("being built by", str(holder))
@@ -263,7 +265,7 @@ def maps_repair(path: StorePath, quiet: Quiet = False) -> None:
         report = repair_store(path, bar.progress_to)
     _out.print(
         f"{len(report.damages)} damaged objects; {len(report.restored)} restored, "
-        f"{len(report.reopened)} shards to build again, {_bytes(report.bytes_freed)} freed",
+        f"{len(report.reopened)} shards to build again, {readable_bytes(report.bytes_freed)} freed",
         soft_wrap=True,
     )
     if report.lost:
@@ -290,9 +292,9 @@ def maps_remove(
     status = store_status(path)
     what = path if version is None else f"version {version} of {path}"
     if not yes:
-        typer.confirm(f"Remove {what} ({_bytes(status.bytes_on_disk)})?", abort=True)
+        typer.confirm(f"Remove {what} ({readable_bytes(status.bytes_on_disk)})?", abort=True)
     freed = remove_store(path) if version is None else remove_version(path, version)
-    _out.print(f"removed {what}: {_bytes(freed)} freed", soft_wrap=True)
+    _out.print(f"removed {what}: {readable_bytes(freed)} freed", soft_wrap=True)
 
 
 @maps_app.command("list")
@@ -330,10 +332,10 @@ def maps_list(
             str(status.images),
             str(status.version or "-"),
             "complete" if status.complete else f"{status.images_done} done",
-            _bytes(status.bytes_on_disk),
+            readable_bytes(status.bytes_on_disk),
         )
     _out.print(table)
-    _out.print(f"together {_bytes(total)}")
+    _out.print(f"together {readable_bytes(total)}")
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -349,11 +351,11 @@ def print_results(results: dict[str, Any]) -> None:
     _out.print(table)
     maps = results["maps"]
     _out.print(
-        f"maps: {maps['images']} images, {_bytes(maps['bytes_per_image'])} an image, "
+        f"maps: {maps['images']} images, {readable_bytes(maps['bytes_per_image'])} an image, "
         f"{maps['images_built']} built in {maps['seconds']:.1f} s"
     )
     stages = ", ".join(f"{name} {value:.1f} s" for name, value in results["seconds"].items())
-    _out.print(f"stages: {stages}; peak memory {_bytes(results['peak_memory_bytes'])}")
+    _out.print(f"stages: {stages}; peak memory {readable_bytes(results['peak_memory_bytes'])}")
 
 
 def _figures(result: dict[str, Any]) -> list[str]:
@@ -369,14 +371,6 @@ def _figures(result: dict[str, Any]) -> list[str]:
             )
         ),
     ]
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _with_log(path: Path, function: Callable[[], Any]) -> Any:

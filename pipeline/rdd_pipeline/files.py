@@ -47,3 +47,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); delete it to redo") from error
+
+
+def readable_bytes(count: float) -> str:
+    """A number of bytes with a decimal unit, such as ``77.3 kB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -9,7 +9,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rdd_pipeline.errors import CheckpointError
-from rdd_pipeline.files import read_json, write_atomically
+from rdd_pipeline.files import read_json, readable_bytes, write_atomically
 from rdd_pipeline.report.panels import VOID_COLOUR, cividis
 from rdd_pipeline.report.run_section import (
     class_rows,
@@ -58,7 +58,7 @@ def _render(results: dict[str, Any], run_dir: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": _figure, "bytes": _bytes, "duration": _duration}
+    environment.filters |= {"figure": _figure, "bytes": readable_bytes, "duration": _duration}
     return environment.get_template("template.html.jinja").render(
         results=results,
         rows=network_rows(results),
@@ -88,14 +88,6 @@ def _scale_colours() -> str:
 def _figure(value: float | None, pattern: str) -> str:
     """A number in a format such as ``.1%``; a dash where there is none."""
     return "–" if value is None else format(value, pattern)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _duration(seconds: float | None) -> str:
