@@ -178,10 +178,8 @@ def maps_status(path: StorePath) -> None:
     table.add_row("images", f"{status.images_done} of {status.images} done")
     table.add_row("shards", f"{status.shards_done} of {status.shards} done")
     table.add_row("state", "complete" if status.complete else "unfinished; build again to resume")
-    table.add_row(
-        "on disk",
-        f"{readable_bytes(status.bytes_on_disk)}, {readable_bytes(status.bytes_per_image)} an image",
-    )
+    each = readable_bytes(status.bytes_per_image)
+    table.add_row("on disk", f"{readable_bytes(status.bytes_on_disk)}, {each} an image")
     for name, size in status.arrays.items():
         table.add_row(f"  {name}", f"{readable_bytes(size / max(status.images_done, 1))} an image")
     holder = lease_holder(path)
