@@ -8,6 +8,7 @@ shards alone.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -104,6 +105,8 @@ class ShardBuilder:
         self.network: SegmentationNetwork = build_network(task.network, task.dataset.num_classes)
         load_weights(self.network, task.weights)
         self.network.to(self.device).eval()
+        # Two shards are under way in a worker: one is computed while the other is written.
+        self._computing = threading.Lock()
         self._index = {image_id: i for i, image_id in enumerate(task.dataset.image_ids)}
 
     def build(self, shard: int) -> int:
@@ -111,7 +114,8 @@ class ShardBuilder:
         task = self.task
         indices = [self._index[record.image_id] for record in task.writer.shard_records(shard)]
         try:
-            maps = shard_maps(self.network, task.dataset, indices, task.options, self.device)
+            with self._computing:
+                maps = shard_maps(self.network, task.dataset, indices, task.options, self.device)
             task.writer.write_shard(shard, maps)
         except Exception as error:
             error.add_note(f"while building shard {shard} of {task.writer.path}")
@@ -274,7 +278,7 @@ def _build_pending(task: ShardTask, workers: int, reporter: Reporter) -> int:
             # What the user gave torch here, by OMP_NUM_THREADS or by default, is shared out.
             threads = max(1, torch.get_num_threads() // workers)
             client.register_plugin(TeacherPlugin(task, threads), name=_PLUGIN)
-            run_shards(client, pending, bar.advance, window=2 * workers)
+            run_shards(client, pending, bar.advance, window=3 * workers)
     return images
 
 
@@ -310,11 +314,12 @@ def run_shards(client: Client, shards: list[int], progress: Any, window: int) ->
 
 @contextmanager
 def _local_cluster(workers: int) -> Iterator[Client]:
-    # One thread per worker: torch parallelises inside. Any free port: several builds may run.
+    # Two threads, see ShardBuilder; torch parallelises inside. Any free port for the dashboard:
+    # several builds may run.
     with (
         LocalCluster(
             n_workers=workers,
-            threads_per_worker=1,
+            threads_per_worker=2,
             processes=True,
             dashboard_address="127.0.0.1:0",
             silence_logs=logging.ERROR,
