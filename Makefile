@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test lint format bench bench-losses bench-store docs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,8 +27,12 @@ format: $(VENV)/.ready-dev  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.ready-dev  ## Run the benchmarks
+bench: bench-losses bench-store  ## Run all benchmarks
+
+bench-losses: $(VENV)/.ready-dev  ## Time and memory of the losses
 	$(BIN)/python bench/losses.py
+
+bench-store: $(VENV)/.ready-dev  ## Bytes, time and memory of the map store beside other formats
 	$(BIN)/python bench/store.py
 
 docs: $(VENV)/.ready-dev  ## Run the code blocks of README and docs
