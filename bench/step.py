@@ -25,8 +25,8 @@ from rdd_pipeline.config import RunConfig, StudentConfig, load_config
 from rdd_pipeline.data import build_dataset
 from rdd_pipeline.networks import build_network, parameter_groups
 from rdd_pipeline.signals import SignalDecoder
-from rdd_pipeline.stages import build_loss, resolve_device
-from rdd_pipeline.stream import MapStream, Need, make_loader
+from rdd_pipeline.stages import build_loss, map_needs, resolve_device
+from rdd_pipeline.stream import MapStream, make_loader
 from rdd_storage import MapReader, find_store
 
 
@@ -37,11 +37,6 @@ def steps(config: RunConfig, student: StudentConfig, store: str) -> Iterator[flo
     device = resolve_device(config.device)
     network = build_network(config.student_network(student), dataset.num_classes, seed=0)
     reader = None if student.method == ("supervised",) else MapReader(store)
-    needs: set[Need] = set()
-    if "rdd" in student.method:
-        needs |= {"weight", "true_prob", "aux_true_prob"}
-    if student.distils_logits:
-        needs.add("logits")
     stream = MapStream(
         dataset=dataset,
         reader=reader,
@@ -49,7 +44,7 @@ def steps(config: RunConfig, student: StudentConfig, store: str) -> Iterator[flo
         scale=training.scale,
         flip=training.flip,
         length=10**9,
-        needs=needs,
+        needs=map_needs(student, network, reader),
         grid_size=network.grid_size(*training.crop_size),
     )
     loader = make_loader(stream, batch_size=training.batch_size, workers=training.workers)

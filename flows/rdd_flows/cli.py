@@ -311,18 +311,19 @@ def maps_list(
     """List the map stores in a folder, and what they take together."""
     from rdd_storage import find_stores, list_stores
 
-    wanted = {status.path for status in find_stores(root, teacher=teacher, data=data)}
     filtered = data is not None or teacher is not None
+    # Stores that cannot be read are listed too, unless something is looked for in them.
+    stores = (
+        [(status.path, status, "") for status in find_stores(root, teacher=teacher, data=data)]
+        if filtered
+        else [(store.path, store.status, store.problem) for store in list_stores(root)]
+    )
     table = Table("store", "images", "version", "state", "size", box=None)
     total = 0
-    for store in list_stores(root):
-        name = store.path.rstrip("/").rpartition("/")[2]
-        status = store.status
+    for path, status, problem in stores:
+        name = path.rstrip("/").rpartition("/")[2]
         if status is None:
-            if not filtered:
-                table.add_row(name, "", "", store.problem, "")
-            continue
-        if store.path not in wanted:
+            table.add_row(name, "", "", problem, "")
             continue
         total += status.bytes_on_disk
         table.add_row(

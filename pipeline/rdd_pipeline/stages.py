@@ -190,13 +190,6 @@ def run_student(
         return reused
 
     network = build_network(network_config, train_set.num_classes, seed=seed)
-    needs: set[Need] = set()
-    if "rdd" in student.method:
-        needs |= {"weight", "true_prob"}
-        if network.has_aux and reader is not None and "aux_hardness" in reader.arrays:
-            needs.add("aux_true_prob")
-    if student.distils_logits:
-        needs.add("logits")
     if reader is not None:
         try:
             record_use(
@@ -206,9 +199,23 @@ def run_student(
             reporter.say(f"{student.name}: the store does not record this use ({error})")
     outcome = _train(
         config, network, build_loss(student, training), train_set, val_set, reader,
-        frozenset(needs), training, seed, directory, student.name, reporter,
+        map_needs(student, network, reader), training, seed, directory, student.name, reporter,
     )  # fmt: skip
     return _finish(directory, settings, dataclasses.asdict(outcome), student.name)
+
+
+def map_needs(
+    student: StudentConfig, network: SegmentationNetwork, reader: MapReader | None
+) -> frozenset[Need]:
+    """Which of the stored maps a student's method reads."""
+    needs: set[Need] = set()
+    if "rdd" in student.method:
+        needs |= {"weight", "true_prob"}
+        if network.has_aux and reader is not None and "aux_hardness" in reader.arrays:
+            needs.add("aux_true_prob")
+    if student.distils_logits:
+        needs.add("logits")
+    return frozenset(needs)
 
 
 def build_loss(student: StudentConfig, training: TrainingConfig) -> Loss:

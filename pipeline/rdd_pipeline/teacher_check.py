@@ -83,7 +83,8 @@ def compare_with_teacher(
             "\n".join([f"{store}: built by another teacher or with other settings", *lines])
         )
     network.to(device).eval()
-    known = [i for i, image_id in enumerate(dataset.image_ids) if image_id in set(reader.image_ids)]
+    stored_ids = set(reader.image_ids)
+    known = [i for i, image_id in enumerate(dataset.image_ids) if image_id in stored_ids]
     chosen = np.random.default_rng(seed).permutation(known)[:images].tolist()
     found: dict[str, list[tuple[float, float, str]]] = {}
     with reporter.bar("compare with teacher", len(chosen)) as bar:
