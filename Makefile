@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-losses bench-store docs clean
+.PHONY: help demo test lint format bench bench-losses bench-store bench-teacher docs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,13 +27,16 @@ format: $(VENV)/.ready-dev  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-losses bench-store  ## Run all benchmarks
+bench: bench-losses bench-store bench-teacher  ## Run all benchmarks
 
 bench-losses: $(VENV)/.ready-dev  ## Time and memory of the losses
 	$(BIN)/python bench/losses.py
 
 bench-store: $(VENV)/.ready-dev  ## Bytes, time and memory of the map store beside other formats
 	$(BIN)/python bench/store.py
+
+bench-teacher: $(VENV)/.ready-dev  ## The teacher pass over its bare forward loop
+	$(BIN)/python bench/teacher.py
 
 docs: $(VENV)/.ready-dev  ## Run the code blocks of README and docs
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -23,10 +23,10 @@ import torch
 
 from rdd_pipeline.config import RunConfig, StudentConfig, load_config
 from rdd_pipeline.data import build_dataset
-from rdd_pipeline.networks import build_network, parameter_groups
-from rdd_pipeline.signals import SignalDecoder
-from rdd_pipeline.stages import build_loss, map_needs, resolve_device
-from rdd_pipeline.stream import MapStream, make_loader
+from rdd_pipeline.networks import build_network, load_weights
+from rdd_pipeline.stages import WEIGHTS_FILE, resolve_device
+from rdd_pipeline.stream import make_loader
+from rdd_pipeline.student import prepare_student
 from rdd_storage import MapReader, find_store
 
 
@@ -35,30 +35,30 @@ def steps(config: RunConfig, student: StudentConfig, store: str) -> Iterator[flo
     training = config.student_training(student)
     dataset = build_dataset(config.data, "train")
     device = resolve_device(config.device)
-    network = build_network(config.student_network(student), dataset.num_classes, seed=0)
-    reader = None if student.method == ("supervised",) else MapReader(store)
-    stream = MapStream(
-        dataset=dataset,
-        reader=reader,
-        crop_size=training.crop_size,
-        scale=training.scale,
-        flip=training.flip,
-        length=10**9,
-        needs=map_needs(student, network, reader),
-        grid_size=network.grid_size(*training.crop_size),
+    teacher = None
+    if student.needs_teacher:
+        teacher = build_network(config.teacher.network, dataset.num_classes)
+        load_weights(teacher, config.run_dir / "teacher" / WEIGHTS_FILE)
+    prepared = prepare_student(
+        config,
+        student,
+        dataset,
+        reader=MapReader(store) if student.needs_maps else None,
+        teacher=teacher,
     )
-    loader = make_loader(stream, batch_size=training.batch_size, workers=training.workers)
-    network.to(device).train()
-    loss = build_loss(student, training)
-    decode = SignalDecoder(None if reader is None else reader.schema.hardness_bits)
-    optimizer = torch.optim.SGD(parameter_groups(network, 1e-3), momentum=0.9)
+    prepared.stream.length = 10**9
+    loader = make_loader(prepared.stream, batch_size=training.batch_size, workers=training.workers)
+    model = prepared.model.to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     iteration = training.iterations * 3 // 4  # the second stage, the dearer one
     batches = iter(loader)
     while True:
         started = time.perf_counter()
         batch = {key: value.to(device) for key, value in next(batches).items()}
         optimizer.zero_grad(set_to_none=True)
-        loss(network(batch["image"]), batch["label"], decode(batch), iteration).total.backward()
+        outputs = model(batch["image"])
+        signals = prepared.signals(batch)
+        prepared.loss(outputs, batch["label"], signals, iteration).total.backward()
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -1,7 +1,8 @@
 """Every code block of README and docs runs as it stands.
 
 Python blocks are executed, one namespace per page. Shell blocks: each ``rdd`` command must be one
-that the command line accepts; ``make`` targets must exist.
+that the command line accepts; ``make`` targets must exist. YAML blocks with students are read as
+part of a configuration.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from rdd_pipeline.config import parse_config
+from tiny import tiny_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,6 +68,15 @@ def _require_valid_command(words: list[str], where: str) -> None:
     for word in rest:
         if word.startswith("-"):
             assert word.partition("=")[0] in known, f"{where}: no option {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_students_in_yaml_blocks_are_valid(page: Path, tmp_path: Path) -> None:
+    for text in blocks(page, "yaml"):
+        tree = yaml.safe_load(text)
+        if "students" in tree:
+            config = parse_config(tiny_tree(tmp_path) | {"students": tree["students"]})
+            assert len(config.students) == len(tree["students"])
 
 
 def test_every_page_is_linked_from_the_readme() -> None:

@@ -20,6 +20,7 @@ from rdd_pipeline.files import readable_bytes
 from rdd_storage.errors import RddError
 
 if TYPE_CHECKING:
+    from rdd_pipeline.data import Survey
     from rdd_pipeline.progress import Reporter
 
 # Heavy imports (torch, Prefect) are made inside the commands, so that --help is instant and the
@@ -95,14 +96,16 @@ def train(
     overrides: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train one student from a ready map store; no teacher is needed.
+    """Train one student from a ready map store.
 
-    For several processes or GPUs start it with 'accelerate launch' or 'torchrun'.
+    The teacher is loaded (and trained first, if it has not been) only for students with 'teacher:
+    online' or with methods that compare features. For several processes or GPUs start it with
+    'accelerate launch' or 'torchrun'.
     """
     from rdd_pipeline.config import load_config
     from rdd_pipeline.data import build_dataset
     from rdd_pipeline.errors import ConfigError
-    from rdd_pipeline.stages import check_data, run_student
+    from rdd_pipeline.stages import check_data, run_student, run_teacher
     from rdd_storage import find_store
 
     settings = load_config(config, overrides or ())
@@ -112,13 +115,44 @@ def train(
         names = ", ".join(item.name for item in settings.students)
         raise ConfigError(f"--student {student}: {config} has the students {names}")
     check_data(settings, reporter)
-    if store is None and chosen.method != ("supervised",):
+    if store is None and chosen.needs_maps:
         identity = build_dataset(settings.data, "train").identity()
         store = find_store(settings.maps_root, data=identity).path
         reporter.say(f"{chosen.name}: reads {store}")
-    trained = run_student(settings, chosen, store, reporter)
+    teacher = run_teacher(settings, reporter).weights if chosen.needs_teacher else None
+    trained = run_student(settings, chosen, store, reporter, teacher)
     _out.print(
         f"{trained.name}: mIoU {trained.result['metrics']['miou']:.4f}, weights {trained.weights}",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def teach(
+    config: ConfigPath,
+    heads_only: Annotated[
+        bool,
+        typer.Option(
+            "--heads-only", help="Train the auxiliary head alone, on teacher.checkpoint's network."
+        ),
+    ] = False,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train the teacher, or train teacher.checkpoint further where teacher.training is given too.
+
+    'rdd run' and 'rdd maps build' with the same settings take the result.
+    """
+    from rdd_pipeline.config import load_config
+    from rdd_pipeline.stages import check_data, run_teacher
+
+    extra = ["teacher.heads_only=true"] if heads_only else []
+    settings = load_config(config, [*(overrides or ()), *extra])
+    reporter = _start(quiet)
+    check_data(settings, reporter)
+    trained = run_teacher(settings, reporter)
+    _out.print(
+        f"teacher: mIoU {trained.result['metrics']['miou']:.4f}, weights {trained.weights}",
         soft_wrap=True,
     )
 
@@ -137,18 +171,118 @@ def report(
     _out.print(str(write_run_report(results)), soft_wrap=True)
 
 
+TrainedFolder = Annotated[
+    Path,
+    typer.Argument(metavar="TRAINED", help="Folder of a finished training: RUN/students/NAME."),
+]
+
+
+@app.command()
+def export(
+    trained: TrainedFolder,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx as well.")] = False,
+    size: Annotated[
+        tuple[int, int],
+        typer.Option("--size", metavar="H W", help="Image size that the ONNX model takes."),
+    ] = (512, 1024),
+) -> None:
+    """Write a trained network as weights and description, and as ONNX.
+
+    The folder loads in one line: rdd_pipeline.export.load_trained(FOLDER).
+    """
+    from rdd_pipeline.export import export_folder, export_onnx, load_trained
+
+    _out.print(str(export_folder(trained, out)), soft_wrap=True)
+    if onnx:
+        path = out / "model.onnx"
+        difference = export_onnx(load_trained(out), path, size)
+        _out.print(f"{path}: logits differ from torch by at most {difference:.1e}", soft_wrap=True)
+
+
+@app.command()
+def predict(
+    trained: TrainedFolder,
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="An image, or a folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the pictures.")],
+    opacity: Annotated[
+        float, typer.Option("--opacity", min=0.0, max=1.0, help="Of the classes' colours.")
+    ] = 0.5,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Class indices as palette PNG, not overlays.")
+    ] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Predict images and write the classes as colour overlays."""
+    from rdd_pipeline.export import image_files, load_trained, predict_folder
+    from rdd_pipeline.stages import resolve_device
+
+    reporter = _start(quiet)
+    model = load_trained(trained, resolve_device(device))
+    written = 0
+    with reporter.bar("predict", len(image_files(images))) as bar:
+        for _ in predict_folder(model, images, out, opacity=opacity, labels=labels):
+            written += 1
+            bar.advance()
+    _out.print(f"{written} pictures in {out}", soft_wrap=True)
+
+
 @data_app.command("check")
 def data_check(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Check both splits: missing or unreadable files, sizes, label values."""
+    """Read every file of both splits: sizes, shares of the classes, everything that is wrong.
+
+    Exit code 1 if anything is.
+    """
     from rdd_pipeline.config import load_config
-    from rdd_pipeline.data import build_dataset
-    from rdd_pipeline.stages import check_data
+    from rdd_pipeline.data import build_dataset, survey_dataset
+    from rdd_pipeline.errors import DataError
 
     settings = load_config(config, overrides or ())
-    check_data(settings, _start(quiet))
+    reporter = _start(quiet)
+    found = 0
     for split in ("train", "val"):
-        dataset = build_dataset(settings.data, split)
-        _out.print(f"{dataset.name} {split}: {len(dataset)} images, no problems")
+        try:
+            dataset = build_dataset(settings.data, split)
+        except DataError as error:  # the other split is looked at all the same
+            found += 1
+            _err.print(f"{split}: {error}", markup=False, highlight=False, soft_wrap=True)
+            continue
+        with reporter.bar(f"check {split}", len(dataset)) as bar:
+            survey = survey_dataset(dataset, progress=bar.advance)
+        _print_survey(survey)
+        for problem in survey.problems:
+            _err.print(problem, markup=False, highlight=False, soft_wrap=True)
+        found += len(survey.problems)
+    if found:
+        _err.print(f"{found} problem(s)", highlight=False)
+        raise typer.Exit(1)
+    _out.print("no problems")
+
+
+def _print_survey(survey: Survey) -> None:
+    """Print what a split holds."""
+    heights, widths = zip(*survey.sizes, strict=True) if survey.sizes else ((0,), (0,))
+    low, high = f"{min(heights)}x{min(widths)}", f"{max(heights)}x{max(widths)}"
+    sizes = low if low == high else f"{low} to {high}, {len(survey.sizes)} sizes"
+    _out.print(
+        f"{survey.name} {survey.split}: {survey.images} images of {sizes} (height x width), "
+        f"{survey.ignored:.1%} of the pixels ignored, {len(survey.problems)} problem(s)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table("class", "pixels", "in images", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for item in survey.classes:
+        table.add_row(_escape(item.name), f"{item.share:.3%}", str(item.images))
+    _out.print(table)
+    absent = [item.name for item in survey.classes if not item.images]
+    if absent:
+        _out.print(
+            f"in no image: {', '.join(absent)}", markup=False, highlight=False, soft_wrap=True
+        )
+    _out.print()
 
 
 @maps_app.command("build")
@@ -162,6 +296,67 @@ def maps_build(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = F
 
     built = _with_log(settings.run_dir / LOG_FILE, lambda: build_maps_flow(settings))
     _out.print(str(built["path"]), soft_wrap=True)
+
+
+@maps_app.command("plan")
+def maps_plan(
+    config: ConfigPath,
+    sample: Annotated[
+        int, typer.Option("--sample", min=1, help="Images to measure; three times as many are run.")
+    ] = 8,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a few images and say what the whole store will take: bytes, files, time, memory.
+
+    Nothing is kept. The teacher's weights are used where they are ready; random ones take as long,
+    but their maps differ in size.
+    """
+    from rdd_pipeline.config import load_config
+    from rdd_pipeline.plan import plan_maps
+    from rdd_pipeline.stages import ready_teacher, resolve_device
+
+    settings = load_config(config, overrides or ())
+    reporter = _start(quiet)
+    plan = plan_maps(
+        settings,
+        ready_teacher(settings, reporter),
+        sample=sample,
+        device=str(resolve_device(settings.device)),
+        reporter=reporter,
+    )
+    table = Table(show_header=False, box=None)
+    table.add_row("images", f"{plan.images}, measured on {plan.sampled}")
+    each = readable_bytes(plan.bytes_per_image)
+    table.add_row("on disk", f"{readable_bytes(plan.bytes_total)}, {each} an image")
+    for name, size in plan.arrays.items():
+        if size >= 0.01 * plan.bytes_per_image:
+            table.add_row(f"  {name}", f"{readable_bytes(size)} an image")
+    table.add_row("files", f"{plan.objects}")
+    table.add_row(
+        "time", f"{_duration(plan.seconds)} by one process, {plan.seconds_per_image:.3g} s an image"
+    )
+    table.add_row(
+        "memory",
+        f"maps of {readable_bytes(2 * plan.shard_bytes)} for each of {max(plan.workers, 1)} "
+        "worker(s), beside the teacher",
+    )
+    table.add_row(
+        "pays from",
+        f"{plan.break_even_students} student(s): a training with the teacher on every crop spends "
+        f"{_duration(plan.online_seconds)} in the teacher",
+    )
+    if not plan.trained_teacher:
+        table.add_row("note", "the teacher is not trained yet: bytes are those of random weights")
+    _out.print(table)
+
+
+def _duration(seconds: float) -> str:
+    """Seconds, minutes or hours, to three digits."""
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 3600:.3g} h"
 
 
 @maps_app.command("status")
@@ -251,6 +446,74 @@ def _compare_with_teacher(
     for row in differences:
         table.add_row(row.array, row.unit, f"{row.largest:.2e}", f"{row.mean:.2e}", row.image_id)
     _out.print(table)
+
+
+@maps_app.command("fidelity")
+def maps_fidelity(
+    path: StorePath,
+    config: Annotated[
+        Path, typer.Option("--config", help="Configuration the store was built with.")
+    ],
+    crops: Annotated[
+        int,
+        typer.Option("--crops", metavar="N", min=1, help="Crops to compare, in whole batches."),
+    ] = 200,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            "--student",
+            help="Student whose crops and rdd settings to take; by default the first with rdd.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the crops.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder to write to; by default 'fidelity' in the run's."),
+    ] = None,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how far a store is from the teacher evaluated on every augmented crop.
+
+    Writes fidelity.json, fidelity.md and fidelity.png.
+    """
+    from rdd_pipeline.config import load_config
+    from rdd_pipeline.data import build_dataset
+    from rdd_pipeline.fidelity import choose_student, measure_fidelity
+    from rdd_pipeline.report.fidelity_tables import (
+        fidelity_notes,
+        fidelity_tables,
+        write_fidelity,
+    )
+    from rdd_pipeline.stages import image_digests, resolve_device, run_teacher
+
+    settings = load_config(config, overrides or ())
+    chosen = choose_student(settings, student)
+    reporter = _start(quiet)
+    measured = measure_fidelity(
+        settings,
+        chosen,
+        build_dataset(settings.data, "train"),
+        path,
+        run_teacher(settings, reporter).weights,
+        crops=crops,
+        device=resolve_device(settings.device),
+        reporter=reporter,
+        seed=seed,
+        digests=image_digests(settings.data),
+    )
+    files = write_fidelity(measured, out or settings.run_dir / "fidelity")
+    for figures in fidelity_tables(measured.fidelity):
+        table = Table(*figures.header, box=None)
+        for row in figures.rows:
+            table.add_row(*row)
+        _out.print(f"{figures.title}\n", highlight=False)
+        _out.print(table)
+        _out.print()
+    for note in fidelity_notes(measured.fidelity):
+        _out.print(note, highlight=False)
+    for file in files:
+        _out.print(str(file), soft_wrap=True)
 
 
 @maps_app.command("repair")
@@ -345,7 +608,7 @@ def print_results(results: dict[str, Any]) -> None:
     teacher = results["teacher"]
     table.add_row("teacher", "reused" if teacher["reused"] else "", *_figures(teacher))
     for student in results["students"]:
-        method = "+".join(student["method"]) + (" (reused)" if student["reused"] else "")
+        method = student["label"] + (" (reused)" if student["reused"] else "")
         table.add_row(student["name"], method, *_figures(student))
     _out.print(table)
     maps = results["maps"]

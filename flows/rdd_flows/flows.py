@@ -54,9 +54,11 @@ def maps_task(config: RunConfig, teacher: TrainedNetwork) -> BuildResult:
 
 
 @task(name="student", task_run_name="student {student.name}", cache_policy=NO_CACHE)
-def student_task(config: RunConfig, student: StudentConfig, store: str) -> TrainedNetwork:
-    """Train one student from the store."""
-    return run_student(config, student, store, current_reporter())
+def student_task(
+    config: RunConfig, student: StudentConfig, store: str, teacher: TrainedNetwork
+) -> TrainedNetwork:
+    """Train one student from the store, with the teacher beside it where its methods need that."""
+    return run_student(config, student, store, current_reporter(), teacher.weights)
 
 
 @task(name="report", cache_policy=NO_CACHE)
@@ -80,7 +82,7 @@ def distill(config: RunConfig) -> Path:
         teacher: TrainedNetwork = stopwatch.time("teacher", teacher_task, config)
         maps: BuildResult = stopwatch.time("maps", maps_task, config, teacher)
         students: list[TrainedNetwork] = [
-            stopwatch.time("students", student_task, config, student, maps.path)
+            stopwatch.time("students", student_task, config, student, maps.path, teacher)
             for student in config.students
         ]
         results = write_results(config, teacher, maps, students, stopwatch.seconds)

@@ -52,6 +52,8 @@ class TeacherSignals:
     """(B, C, h, w), any floating dtype, up to a constant per position; array ``logits``."""
     logits_valid: Tensor | None = None
     """(B, h, w) bool, False in padding; None: all positions count."""
+    features: tuple[Tensor, ...] = ()
+    """(B, F, h', w') features of a teacher in memory, in the order of the taps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

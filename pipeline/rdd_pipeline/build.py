@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,20 @@ import torch
 from distributed import Client, LocalCluster, WorkerPlugin, as_completed, get_worker
 from distributed.worker import Worker
 
-from rdd_pipeline.config import MapsConfig, NetworkConfig
-from rdd_pipeline.data import SegmentationDataset, dataset_digests
-from rdd_pipeline.networks import SegmentationNetwork, build_network, load_weights, weights_hash
+from rdd_pipeline.config import MapsConfig, NetworkConfig, without_pretrained
+from rdd_pipeline.data import Sample, SegmentationDataset, dataset_digests
+from rdd_pipeline.networks import (
+    SegmentationNetwork,
+    build_network,
+    load_weights,
+    network_identity,
+    weights_hash,
+)
 from rdd_pipeline.progress import Reporter
-from rdd_pipeline.teacher_pass import PassOptions, require_auxiliary, shard_maps
+from rdd_pipeline.teacher_batches import BatchLimit, DecodedImages, decoder_threads
+from rdd_pipeline.teacher_pass import PassOptions, PendingShard, evaluate_shard
+from rdd_pipeline.teacher_views import discrepancy_definition
+from rdd_pipeline.teacher_windows import ImageView
 from rdd_storage import (
     ImageRecord,
     MapSchema,
@@ -69,16 +80,17 @@ def store_identity(
     return {
         "data": dataset.identity(),
         "teacher": {
-            # Where pretrained weights came from does not matter once the weights are hashed.
-            "network": network.model_dump(mode="json", exclude={"encoder_weights"}),
+            "network": network_identity(network),
             "weights": weights,
         },
-        "evaluation": {"view": "whole image", "scales": [1.0], "flip": False,
+        "evaluation": {"view": image_view(maps).description,
+                       "scales": list(maps.averaging.scales), "flip": maps.averaging.flip,
                        "precision": maps.precision},
-        "method": {"discrepancy": "KL(aux || main)", "upsampling": "bilinear, align_corners"},
+        "method": {"discrepancy": discrepancy_definition(maps.discrepancy, maps.scales),
+                   "upsampling": "bilinear, align_corners"},
         "arrays": {
             "logits": maps.soft_labels,
-            "aux_hardness": maps.aux_hardness,
+            "aux_hardness": maps.stores_aux_hardness,
             "shard_images": maps.shard_images,
         },
     }  # fmt: skip
@@ -97,30 +109,100 @@ class ShardTask:
 
 
 class ShardBuilder:
-    """A teacher in memory, ready to build shards."""
+    """A teacher in memory, ready to build shards; :meth:`close` it in the end."""
 
     def __init__(self, task: ShardTask) -> None:
         self.task = task
         self.device = torch.device(task.device)
-        self.network: SegmentationNetwork = build_network(task.network, task.dataset.num_classes)
+        self.network: SegmentationNetwork = build_network(
+            without_pretrained(task.network), task.dataset.num_classes
+        )
         load_weights(self.network, task.weights)
         self.network.to(self.device).eval()
-        # Two shards are under way in a worker: one is computed while the other is written.
+        self._views = task.options.views(self.network)
+        self._limit = BatchLimit(
+            task.options.batch_size, task.writer.schema.shard_images, self.device
+        )
+        threads = decoder_threads(self.device)
+        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="rdd-decode")
+        self._quantiser = ThreadPoolExecutor(1, thread_name_prefix="rdd-quantise")
+        # The next batch is decoded while one is computed.
+        self._ahead = self._limit.wanted + threads
+        # Two shards are under way in a Dask worker: one is computed while the other is written.
         self._computing = threading.Lock()
         self._index = {image_id: i for i, image_id in enumerate(task.dataset.image_ids)}
 
+    def close(self) -> None:
+        """End the threads."""
+        self._decoders.shutdown(cancel_futures=True)
+        self._quantiser.shutdown(cancel_futures=True)
+
     def build(self, shard: int) -> int:
-        """Build one shard and mark it done; returns its number of images."""
-        task = self.task
-        indices = [self._index[record.image_id] for record in task.writer.shard_records(shard)]
-        try:
+        """Build one shard and mark it done; returns its number of images.
+
+        May be called by several threads: one computes, the others decode their first images or
+        write.
+        """
+        with closing(self._decoded(self._indices(shard))) as images:
             with self._computing:
-                maps = shard_maps(self.network, task.dataset, indices, task.options, self.device)
-            task.writer.write_shard(shard, maps)
+                pending = self._evaluate(shard, images)
+            return self._write(shard, pending)
+
+    def build_all(self, shards: Sequence[int], progress: Callable[[int], object]) -> None:
+        """Build shards in order, each computed while the one before is written.
+
+        Args:
+            shards: Which.
+            progress: Called with the number of images of every shard that is done.
+
+        Raises:
+            Exception: The first error; the shards before are done, none after it is.
+        """
+        indices = [self._indices(shard) for shard in shards]
+        with (
+            closing(self._decoded(list(chain.from_iterable(indices)))) as images,
+            ThreadPoolExecutor(1, thread_name_prefix="rdd-write") as writing,
+        ):
+            samples = iter(images)
+            written: Future[int] | None = None
+            for shard, own in zip(shards, indices, strict=True):
+                pending = self._evaluate(shard, islice(samples, len(own)))
+                if written is not None:
+                    progress(written.result())
+                written = writing.submit(self._write, shard, pending)
+            if written is not None:
+                progress(written.result())
+
+    def _indices(self, shard: int) -> list[int]:
+        return [self._index[record.image_id] for record in self.task.writer.shard_records(shard)]
+
+    def _decoded(self, indices: Sequence[int]) -> DecodedImages:
+        return DecodedImages(self._decoders, self.task.dataset, indices, self._ahead)
+
+    def _evaluate(self, shard: int, images: Iterable[Sample]) -> PendingShard:
+        with self._naming(shard):
+            return evaluate_shard(
+                self._views,
+                images,
+                self.task.options,
+                self.device,
+                limit=self._limit,
+                quantiser=self._quantiser,
+            )
+
+    def _write(self, shard: int, pending: PendingShard) -> int:
+        with self._naming(shard):
+            maps = pending.result()
+            self.task.writer.write_shard(shard, maps)
+        return len(maps)
+
+    @contextmanager
+    def _naming(self, shard: int) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
-            error.add_note(f"while building shard {shard} of {task.writer.path}")
+            error.add_note(f"while building shard {shard} of {self.task.writer.path}")
             raise
-        return len(indices)
 
 
 class TeacherPlugin(WorkerPlugin):
@@ -135,6 +217,11 @@ class TeacherPlugin(WorkerPlugin):
         """Load the teacher into this worker."""
         torch.set_num_threads(self.threads)
         self.builder = ShardBuilder(self.task)
+
+    def teardown(self, worker: Worker) -> None:
+        """End the threads."""
+        if self.builder is not None:
+            self.builder.close()
 
 
 def _build_on_worker(shard: int) -> int:
@@ -175,18 +262,65 @@ def build_maps(
         StoreLockedError: Another process is building this store; the message says which.
         StoreWriteError: The disk is full or not writable; finished shards are kept.
         NonFiniteError: The teacher gave NaN or infinity on an image, which is named.
+        TeacherMemoryError: One image alone does not fit into the device's memory.
+        NetworkError: The teacher cannot give the discrepancy that is asked for.
     """
     started = time.perf_counter()
-    network = build_network(network_config, dataset.num_classes)
-    require_auxiliary(network)
+    network = build_network(without_pretrained(network_config), dataset.num_classes)
+    options = pass_options(maps)
+    options.views(network).check()
     load_weights(network, weights)
     identity = store_identity(dataset, network_config, weights_hash(network), maps)
     path = str(store_path(root, dataset.name, dataset.split, identity))
-    sizes = [dataset.size(index) for index in range(len(dataset))]
-    grids = {size: network.grid_size(*size) for size in set(sizes)}
     if digests is None:
         with reporter.bar("digest images", len(dataset)) as bar:
             digests = dataset_digests(dataset, progress=bar.advance)
+    writer = create_writer(path, dataset, network, maps, identity=identity, digests=digests)
+    if writer.growth is not None and not writer.growth.empty:
+        reporter.say(f"maps: {path} grows to version {writer.version}: {writer.growth}")
+    built = 0
+    if writer.complete and not writer.pending_shards():
+        reporter.say(f"maps: reused, all {len(dataset)} images are in {path}")
+    else:
+        with writer.lease():
+            built = _build_pending(
+                ShardTask(
+                    writer=writer,
+                    dataset=dataset,
+                    network=network_config,
+                    weights=weights,
+                    options=options,
+                    device=device,
+                ),
+                maps.workers,
+                reporter,
+            )
+            writer.publish()
+    status = store_status(path)
+    return BuildResult(
+        path=path,
+        fingerprint=fingerprint(identity),
+        images=len(dataset),
+        version=writer.version,
+        images_built=built,
+        seconds=time.perf_counter() - started,
+        bytes_on_disk=status.bytes_on_disk,
+        bytes_per_image=status.bytes_per_image,
+    )
+
+
+def create_writer(
+    path: str,
+    dataset: SegmentationDataset,
+    network: SegmentationNetwork,
+    maps: MapsConfig,
+    *,
+    identity: dict[str, Any],
+    digests: Sequence[str],
+) -> MapWriter:
+    """Open or make the store of a teacher and a data set, without maps yet."""
+    sizes = [dataset.size(index) for index in range(len(dataset))]
+    grids = {size: network.grid_size(*size) for size in set(sizes)}
     records = [
         ImageRecord(
             image_id=image_id,
@@ -207,42 +341,22 @@ def build_maps(
         grid_width=max(grid[1] for grid in grids.values()),
         output_stride=network.output_stride,
         shard_images=maps.shard_images,
-        aux_hardness=maps.aux_hardness,
+        aux_hardness=maps.stores_aux_hardness,
         logits=maps.soft_labels,
+        discrepancy=discrepancy_definition(maps.discrepancy, maps.scales),
     )
-    writer = MapWriter.create(
+    return MapWriter.create(
         path, schema=schema, images=records, identity=identity, palette=dataset.palette, grow=True
     )
-    if writer.growth is not None and not writer.growth.empty:
-        reporter.say(f"maps: {path} grows to version {writer.version}: {writer.growth}")
-    built = 0
-    if writer.complete and not writer.pending_shards():
-        reporter.say(f"maps: reused, all {len(dataset)} images are in {path}")
-    else:
-        with writer.lease():
-            built = _build_pending(
-                ShardTask(
-                    writer=writer,
-                    dataset=dataset,
-                    network=network_config,
-                    weights=weights,
-                    options=pass_options(maps),
-                    device=device,
-                ),
-                maps.workers,
-                reporter,
-            )
-            writer.publish()
-    status = store_status(path)
-    return BuildResult(
-        path=path,
-        fingerprint=fingerprint(identity),
-        images=len(dataset),
-        version=writer.version,
-        images_built=built,
-        seconds=time.perf_counter() - started,
-        bytes_on_disk=status.bytes_on_disk,
-        bytes_per_image=status.bytes_per_image,
+
+
+def image_view(maps: MapsConfig) -> ImageView:
+    """How the teacher looks at an image with these settings."""
+    return ImageView(
+        window=maps.window if maps.view == "sliding" else None,
+        overlap=maps.overlap,
+        flip=maps.averaging.flip,
+        scales=maps.averaging.scales,
     )
 
 
@@ -250,9 +364,12 @@ def pass_options(maps: MapsConfig) -> PassOptions:
     """What the teacher pass computes for these settings."""
     return PassOptions(
         soft_labels=maps.soft_labels,
-        aux_hardness=maps.aux_hardness,
+        aux_hardness=maps.stores_aux_hardness,
         batch_size=maps.batch_size,
         precision=maps.precision,
+        discrepancy=maps.discrepancy,
+        scales=maps.scales,
+        view=image_view(maps),
     )
 
 
@@ -270,9 +387,8 @@ def _build_pending(task: ShardTask, workers: int, reporter: Reporter) -> int:
         )
     with reporter.bar("teacher pass", images) as bar:
         if workers == 0:
-            builder = ShardBuilder(task)
-            for shard in pending:
-                bar.advance(builder.build(shard))
+            with closing(ShardBuilder(task)) as builder:
+                builder.build_all(pending, bar.advance)
             return images
         with _local_cluster(workers) as client:
             # What the user gave torch here, by OMP_NUM_THREADS or by default, is shared out.

@@ -18,7 +18,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -59,7 +61,189 @@ class CamVidData(Model):
     val_split: str = "val"
 
 
-DataConfig = Annotated[SyntheticData | CamVidData, Field(discriminator="type")]
+class CityscapesData(Model):
+    """Cityscapes with fine labels: folders ``leftImg8bit`` and ``gtFine``; 19 classes."""
+
+    type: Literal["cityscapes"] = "cityscapes"
+    root: Path
+    train_split: str = "train"
+    val_split: str = "val"
+
+
+class VOCData(Model):
+    """Pascal VOC 2012, augmented with the Semantic Boundaries Dataset; 21 classes."""
+
+    type: Literal["voc"] = "voc"
+    root: Path
+    """The folder ``VOCdevkit/VOC2012``."""
+    train_split: str = "train_aug"
+    """A list in ``ImageSets/Segmentation``. Names that end with ``aug`` take their labels from
+    ``SegmentationClassAug``, others from ``SegmentationClass``."""
+    val_split: str = "val"
+
+
+class ADE20KData(Model):
+    """ADE20K scene parsing, the folder ``ADEChallengeData2016``; 150 classes."""
+
+    type: Literal["ade20k"] = "ade20k"
+    root: Path
+    train_split: str = "training"
+    val_split: str = "validation"
+
+
+class COCOStuffData(Model):
+    """COCO-Stuff 164k: ``images`` and the stuff-and-thing maps; 171 classes."""
+
+    type: Literal["cocostuff"] = "cocostuff"
+    root: Path
+    labels: str = "annotations"
+    """Folder below ``root`` that the maps were unpacked to."""
+    train_split: str = "train2017"
+    val_split: str = "val2017"
+
+
+def _class_list(value: object) -> object:
+    """Accept the path of a text file, one name a line, in place of the names."""
+    if not isinstance(value, str | Path):
+        return value
+    try:
+        lines = Path(value).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a list of names or a text file of them: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+_Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+_LabelValue = Annotated[int, Field(ge=0, le=65535)]
+_Byte = Annotated[int, Field(ge=0, le=255)]
+Colour = tuple[_Byte, _Byte, _Byte]
+
+
+class _LabelTable(Model):
+    """Classes, and the numbers in the label files that stand for them."""
+
+    classes: Annotated[
+        tuple[str, ...], BeforeValidator(_class_list), Field(min_length=1, max_length=254)
+    ]
+    """Names in index order, or a text file with one name a line."""
+    ids: dict[_LabelValue, str | None] | None = None
+    """Number in the label files to name of the class, or to null for ignored; several numbers may
+    have one class. None takes 0, 1, 2, ... in the order of ``classes``."""
+    ignore: tuple[_LabelValue, ...] = (255,)
+    """Further numbers of pixels without a class."""
+    palette: tuple[Colour, ...] | None = None
+    """RGB colour of each class, for pictures; None takes that of palette images, or makes one."""
+
+    @model_validator(mode="after")
+    def _table_is_consistent(self) -> _LabelTable:
+        names = set(self.classes)
+        if len(names) < len(self.classes):
+            twice = sorted(name for name in names if self.classes.count(name) > 1)
+            raise ValueError(f"classes: the names {twice} are used twice")
+        if self.palette is not None and len(self.palette) != len(self.classes):
+            raise ValueError(
+                f"palette: expected {len(self.classes)} colours, one for each class, got "
+                f"{len(self.palette)}"
+            )
+        unknown = sorted({name for name in (self.ids or {}).values() if name} - names)
+        if unknown:
+            raise ValueError(f"ids: {unknown} are not among classes")
+        both = sorted(set(self.ignore) & {n for n, c in self._class_of_number().items() if c < 255})
+        if both:
+            raise ValueError(
+                f"ignore: the numbers {both} stand for classes too; take them out of ignore, or "
+                "say with ids what each number stands for"
+            )
+        return self
+
+    def label_values(self) -> dict[int, int]:
+        """Class index of every number that may be in a label file, 255 for ignored."""
+        return self._class_of_number() | dict.fromkeys(self.ignore, 255)
+
+    def _class_of_number(self) -> dict[int, int]:
+        index = {name: number for number, name in enumerate(self.classes)}
+        if self.ids is None:
+            return {number: number for number in index.values()}
+        return {n: 255 if name is None else index[name] for n, name in self.ids.items()}
+
+
+class FolderSplit(Model):
+    """Where the files of one split are."""
+
+    images: str
+    """A folder, or a pattern such as ``images/train/**/*.jpg``; relative to ``root``."""
+    labels: str
+
+
+class FolderData(_LabelTable):
+    """Any folders of images and labels of the same names."""
+
+    type: Literal["folder"] = "folder"
+    name: _Slug = "folder"
+    """Part of the names of the map stores."""
+    root: Path = Path()
+    train: FolderSplit
+    val: FolderSplit
+    image_suffix: str = ""
+    """What the images' names end with and the labels' do not, such as ``_leftImg8bit``."""
+    label_suffix: str = ""
+    """What the labels' names end with and the images' do not, such as ``_mask``."""
+    label_format: Literal["numbers", "colours"] = "numbers"
+    """``numbers``: greyscale of 8 or 16 bits, or palette images, whose indices count.
+    ``colours``: each class has the colour that ``palette`` gives it."""
+    ignore_colours: tuple[Colour, ...] = ()
+    """Colours of pixels without a class, with ``label_format: colours``."""
+
+    @model_validator(mode="after")
+    def _colours_are_consistent(self) -> FolderData:
+        if self.label_format == "numbers":
+            if self.ignore_colours:
+                raise ValueError("ignore_colours: goes with label_format: colours")
+            return self
+        if self.palette is None:
+            raise ValueError("palette: label_format: colours needs the colour of each class")
+        if self.ids is not None:
+            raise ValueError("ids: goes with label_format: numbers; palette says what colours mean")
+        colours = self.palette + self.ignore_colours
+        twice = sorted({colour for colour in colours if colours.count(colour) > 1})
+        if twice:
+            raise ValueError(f"palette: the colours {[list(c) for c in twice]} are used twice")
+        return self
+
+
+class HuggingFaceData(_LabelTable):
+    """A data set of the package ``datasets``: a name on the hub, or a folder."""
+
+    type: Literal["huggingface"] = "huggingface"
+    path: str
+    """Name on the hub, a folder written by ``save_to_disk``, or one of Parquet or Arrow files."""
+    subset: str | None = None
+    """Configuration of the data set, where it has several."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    name: _Slug | None = None
+    """Part of the names of the map stores; None takes the last part of ``path``."""
+    train_split: str = "train"
+    val_split: str = "validation"
+    image: str = "image"
+    """Column of the images."""
+    label: str = "label"
+    """Column of the labels, images too."""
+    id: str | None = None
+    """Column of the images' names, each its own; None takes the number of the row."""
+
+
+DataConfig = Annotated[
+    SyntheticData
+    | CamVidData
+    | CityscapesData
+    | VOCData
+    | ADE20KData
+    | COCOStuffData
+    | FolderData
+    | HuggingFaceData,
+    Field(discriminator="type"),
+]
 
 
 class AuxiliaryHead(Model):
@@ -72,7 +256,16 @@ class AuxiliaryHead(Model):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
 
 
-class NetworkConfig(Model):
+def _head_or_switch(value: object) -> object:
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
+RGB = tuple[float, float, float]
+_IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
+_IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
+
+
+class SmpConfig(Model):
     """A segmentation-models-pytorch architecture with an optional auxiliary head of ours."""
 
     type: Literal["smp"] = "smp"
@@ -84,13 +277,134 @@ class NetworkConfig(Model):
     """Name of pretrained encoder weights, such as imagenet; downloaded on first use."""
     output_stride: Literal[8, 16, 32] | None = None
     """Stride of the dilated encoder; None keeps the architecture's default."""
-    auxiliary: AuxiliaryHead | None = None
+    auxiliary: Annotated[AuxiliaryHead | None, BeforeValidator(_head_or_switch)] = None
+    """``true`` is the head with its defaults."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the architecture's constructor."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: RGB = _IMAGENET_MEAN
     """RGB mean of the input normalisation, images in [0, 1]."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: RGB = _IMAGENET_STD
     """RGB standard deviation of the input normalisation."""
+
+    @property
+    def pretrained_whole(self) -> bool:
+        """Whether heads come trained too, so that the network can teach as it is."""
+        return False
+
+
+class TorchvisionConfig(Model):
+    """A segmentation network of torchvision, with its own auxiliary classifier."""
+
+    type: Literal["torchvision"] = "torchvision"
+    architecture: str
+    """Name of the builder, such as deeplabv3_resnet101 or lraspp_mobilenet_v3_large."""
+    weights: str | None = None
+    """Name of pretrained weights, such as COCO_WITH_VOC_LABELS_V1; downloaded on first use."""
+    weights_backbone: str | None = None
+    """Name of the backbone's pretrained weights, such as IMAGENET1K_V1, where ``weights`` is
+    null."""
+    auxiliary: bool = False
+    """Whether there is torchvision's auxiliary classifier (``aux_loss``)."""
+    mean: RGB = _IMAGENET_MEAN
+    """RGB mean of the input normalisation, images in [0, 1]."""
+    std: RGB = _IMAGENET_STD
+    """RGB standard deviation of the input normalisation."""
+
+    @property
+    def pretrained_whole(self) -> bool:
+        """Whether heads come trained too, so that the network can teach as it is."""
+        return self.weights is not None
+
+    @model_validator(mode="after")
+    def _weights_are_named_once(self) -> TorchvisionConfig:
+        if self.weights is not None and self.weights_backbone is not None:
+            raise ValueError("weights already hold the backbone; leave out weights_backbone")
+        return self
+
+
+class TransformersConfig(Model):
+    """A segmentation network of Hugging Face transformers (extra ``huggingface``)."""
+
+    type: Literal["transformers"] = "transformers"
+    model: Annotated[str, Field(min_length=1)]
+    """Local folder written by ``save_pretrained``, or a name on the hub."""
+    pretrained: bool = True
+    """False takes the architecture alone and starts from random weights."""
+    auxiliary: bool = False
+    """Whether to take the logits of the model's own auxiliary head."""
+    ignore_mismatched_head: bool = False
+    """Start the last layers from random weights where the model has other classes."""
+    mean: RGB | None = None
+    """RGB mean of the input normalisation, images in [0, 1]; None takes the model's."""
+    std: RGB | None = None
+    """RGB standard deviation of the input normalisation; None takes the model's."""
+
+    @property
+    def pretrained_whole(self) -> bool:
+        """Whether heads come trained too, so that the network can teach as it is."""
+        return self.pretrained and not self.ignore_mismatched_head
+
+
+class CustomConfig(Model):
+    """A network that a function of the user's builds."""
+
+    type: Literal["custom"] = "custom"
+    factory: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
+    """``package.module:function``; called with ``num_classes`` and ``options``."""
+    options: dict[str, Any] = {}
+    """Further keyword arguments of the function."""
+    auxiliary: bool = False
+    """Whether to take the auxiliary logits that the network returns."""
+    pretrained: bool = False
+    """Whether the function returns a trained network, which can teach as it is."""
+    divisor: Count = 32
+    """The network is given images whose sides are multiples of this, in pixels."""
+    mean: RGB = _IMAGENET_MEAN
+    """RGB mean of the input normalisation, images in [0, 1]."""
+    std: RGB = _IMAGENET_STD
+    """RGB standard deviation of the input normalisation."""
+
+    @property
+    def pretrained_whole(self) -> bool:
+        """Whether heads come trained too, so that the network can teach as it is."""
+        return self.pretrained
+
+
+def _network_type(value: object) -> object:
+    """The type of a network, as it stands in YAML or in a model; smp where none is named."""
+    if isinstance(value, dict):
+        return value.get("type", "smp")
+    return getattr(value, "type", None)
+
+
+NetworkConfig = Annotated[
+    Annotated[SmpConfig, Tag("smp")]
+    | Annotated[TorchvisionConfig, Tag("torchvision")]
+    | Annotated[TransformersConfig, Tag("transformers")]
+    | Annotated[CustomConfig, Tag("custom")],
+    Discriminator(
+        _network_type,
+        custom_error_type="network_type",
+        custom_error_message="expected keys and values with type: smp, torchvision, transformers "
+        "or custom",
+    ),
+]
+
+
+def without_pretrained(network: NetworkConfig) -> NetworkConfig:
+    """The same network, its library's pretrained weights left out: for weights of one's own.
+
+    A function of the user's is left as it is.
+    """
+    match network:
+        case SmpConfig():
+            return network.model_copy(update={"encoder_weights": None})
+        case TorchvisionConfig():
+            return network.model_copy(update={"weights": None, "weights_backbone": None})
+        case TransformersConfig():
+            return network.model_copy(update={"pretrained": False})
+        case CustomConfig():
+            return network
 
 
 class TrainingConfig(Model):
@@ -173,7 +487,116 @@ class KDConfig(Model):
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
 
 
-Method = Literal["supervised", "kd", "rdd"]
+Weight = Annotated[float, Field(gt=0.0)]
+Temperature = Annotated[float, Field(gt=0.0)]
+
+
+class CWDConfig(Model):
+    """Channel-wise distillation of the logits (arXiv 2011.13256)."""
+
+    weight: Weight = 3.0
+    temperature: Temperature = 4.0
+
+
+class DISTConfig(Model):
+    """Correlation of the class probabilities, DIST (arXiv 2205.10536)."""
+
+    weight: Weight = 1.0
+    temperature: Temperature = 1.0
+    inter: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the relation between classes at each position."""
+    intra: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the relation between positions in each class."""
+
+
+class SKDConfig(Model):
+    """Pair-wise similarity of the logits at all positions, SKD (arXiv 1903.04197)."""
+
+    weight: Weight = 10.0
+    patch: Count = 2
+    """Side of the patch that makes one node, in grid positions."""
+
+
+class FeatureCWDConfig(Model):
+    """Channel-wise distillation of features (arXiv 2011.13256)."""
+
+    weight: Weight = 50.0
+    temperature: Temperature = 4.0
+
+
+class FeatureSKDConfig(Model):
+    """Pair-wise similarity of features at all positions, SKD (arXiv 1903.04197)."""
+
+    weight: Weight = 10.0
+    patch: Count = 2
+    """Side of the patch that makes one node, in grid positions."""
+
+
+class ATConfig(Model):
+    """Attention transfer (arXiv 1612.03928)."""
+
+    weight: Weight = 1000.0
+
+
+class IFVDConfig(Model):
+    """Intra-class feature variation distillation (Wang et al., ECCV 2020)."""
+
+    weight: Weight = 50.0
+
+
+class DSDConfig(Model):
+    """Double similarity distillation (arXiv 2107.08591)."""
+
+    pixel_weight: Weight = 1000.0
+    """Weight of the similarity of residual attention maps."""
+    category_weight: Weight = 10.0
+    """Weight of the similarity of category correlations."""
+    temperature: Temperature = 4.0
+    """Of the category correlations."""
+
+
+class CIRKDConfig(Model):
+    """Cross-image relational distillation (arXiv 2204.06986)."""
+
+    minibatch_weight: Weight = 1.0
+    """Weight of the relations between the positions of a batch."""
+    pixel_weight: Weight = 0.1
+    """Weight of the relations to remembered positions."""
+    region_weight: Weight = 0.1
+    """Weight of the relations to remembered class means."""
+    temperature: Temperature = 0.1
+    patch: Count = 4
+    """Side of the patch averaged to one position within the batch, in grid positions."""
+    pixel_memory: Count = 2000
+    """Positions remembered for each class; published: 20,000."""
+    region_memory: Count = 2000
+    """Class means remembered for each class."""
+    pixel_contrast: Count = 4096
+    """Remembered positions drawn for a step, over all classes."""
+    region_contrast: Count = 1024
+    """Remembered class means drawn for a step, over all classes."""
+
+
+class FeatureTap(Model):
+    """Where the features of student and teacher are taken: the output of a module in each.
+
+    ``decoder`` is the module of that name; ``encoder[-1]`` the last item of a module's output.
+    """
+
+    student: str
+    teacher: str
+
+
+_TAPS = tuple(
+    FeatureTap(student=name, teacher=name) for name in ("encoder[-2]", "encoder[-1]", "decoder")
+)
+
+Method = Literal[
+    "supervised", "rdd", "kd", "cwd", "dist", "skd",
+    "cwd_features", "skd_features", "at", "ifvd", "dsd", "cirkd",
+]  # fmt: skip
+FEATURE_METHODS = frozenset({"cwd_features", "skd_features", "at", "ifvd", "dsd", "cirkd"})
+"""Methods that compare features, and so need the teacher itself on every batch."""
 
 
 class StudentConfig(Model):
@@ -181,9 +604,16 @@ class StudentConfig(Model):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
     method: Annotated[tuple[Method, ...], BeforeValidator(_method_list)]
-    """``supervised``: cross-entropy; ``kd``: plus logit distillation; ``rdd``: the task loss
-    weighted by relative difficulty in two stages, plus logit distillation as published
-    (``kd.weight: 0`` leaves that out)."""
+    """``supervised``: cross-entropy alone. ``rdd``: cross-entropy weighted by relative difficulty
+    in two stages, plus logit distillation as published (``kd.weight: 0`` leaves that out). All
+    others add their loss to the cross-entropy, or to that of ``rdd`` where both are named:
+    ``kd``, ``cwd``, ``dist``, ``skd`` work on logits; ``cwd_features``, ``skd_features``, ``at``,
+    ``ifvd``, ``dsd``, ``cirkd`` on features, for which the teacher is loaded beside the student.
+    Each has a section of its own name."""
+    teacher: Literal["stored", "online"] = "stored"
+    """Where the teacher's signals come from: the maps, or the teacher evaluated on every crop."""
+    features: Annotated[tuple[FeatureTap, ...], Field(min_length=1)] = _TAPS
+    """Pairs of features, in order of depth: ``at`` and ``dsd`` compare all, others the last."""
     network: NetworkConfig | None = None
     """None takes ``student.network``."""
     training: TrainingConfig | None = None
@@ -192,6 +622,15 @@ class StudentConfig(Model):
     """None takes the run's seed; students with equal network and seed start from equal weights."""
     rdd: RDDConfig = RDDConfig()
     kd: KDConfig = KDConfig()
+    cwd: CWDConfig = CWDConfig()
+    dist: DISTConfig = DISTConfig()
+    skd: SKDConfig = SKDConfig()
+    cwd_features: FeatureCWDConfig = FeatureCWDConfig()
+    skd_features: FeatureSKDConfig = FeatureSKDConfig()
+    at: ATConfig = ATConfig()
+    ifvd: IFVDConfig = IFVDConfig()
+    dsd: DSDConfig = DSDConfig()
+    cirkd: CIRKDConfig = CIRKDConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -203,8 +642,28 @@ class StudentConfig(Model):
 
     @property
     def distils_logits(self) -> bool:
-        """Whether the loss has the logit distillation term, which needs stored soft labels."""
-        return self.method != ("supervised",) and self.kd.weight > 0.0
+        """Whether the loss has a term on the teacher's logits."""
+        kd = ("kd" in self.method or "rdd" in self.method) and self.kd.weight > 0.0
+        return kd or not {"cwd", "dist", "skd", "dsd"}.isdisjoint(self.method)
+
+    @property
+    def needs_maps(self) -> bool:
+        """Whether the student reads a map store."""
+        return self.teacher == "stored" and (self.distils_logits or "rdd" in self.method)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher has to be in memory beside the student."""
+        online = self.teacher == "online" and self.method != ("supervised",)
+        return online or not FEATURE_METHODS.isdisjoint(self.method)
+
+    @property
+    def sections(self) -> dict[str, Model]:
+        """The settings of the methods in use, by name."""
+        names = set(self.method) - {"supervised"}
+        if "rdd" in names:
+            names.add("kd")
+        return {name: getattr(self, name) for name in sorted(names)}
 
     @field_validator("method")
     @classmethod
@@ -216,6 +675,21 @@ class StudentConfig(Model):
         if len(set(value)) != len(value):
             raise ValueError(f"a method is named twice in {list(value)}")
         return value
+
+    @model_validator(mode="after")
+    def _sections_are_used(self) -> StudentConfig:
+        methods = set(typing.get_args(Method)) - {"supervised"} - self.sections.keys()
+        fields = type(self).model_fields
+        # A configuration that was written out again holds all sections, at their defaults.
+        unused = sorted(name for name in methods if getattr(self, name) != fields[name].default)
+        if unused:
+            raise ValueError(
+                f"expected settings of {list(self.method)} alone, got {unused} too; name the "
+                "method or leave its settings out"
+            )
+        if "dsd" in self.method and len(self.features) < 2:
+            raise ValueError("features: expected at least two taps, which dsd compares, got one")
+        return self
 
 
 class StudentDefaults(Model):
@@ -230,15 +704,59 @@ class TeacherConfig(Model):
 
     network: NetworkConfig
     checkpoint: Path | None = None
-    """Weights (.safetensors, or .pth without code); None trains the teacher."""
+    """Weights (.safetensors, .pth without code, or a folder written by ``save_pretrained``)."""
+    checkpoint_layout: Literal["native", "cirkd"] = "native"
+    """Names in the checkpoint: the network's own, or those of the CIRKD code base."""
+    strict: bool = True
+    """False loads what fits of a checkpoint and says what was left out."""
     training: TrainingConfig | None = None
-    """Needed when there is no checkpoint."""
+    """How to train the teacher: from the checkpoint's weights where one is given (its auxiliary
+    head may be missing there), else from the network's initial ones."""
+    heads_only: bool = False
+    """Train the auxiliary head alone and leave everything else as it is."""
 
     @model_validator(mode="after")
     def _has_weights_or_training(self) -> TeacherConfig:
-        if (self.checkpoint is None) == (self.training is None):
-            raise ValueError("give either checkpoint (ready weights) or training (to train it)")
+        ready = self.network.pretrained_whole
+        if self.checkpoint is None and self.training is None and not ready:
+            raise ValueError(
+                "give checkpoint (ready weights), training (to train it) or both (to train it "
+                "further), or a network with pretrained weights of all its layers"
+            )
+        if self.heads_only and (self.training is None or (self.checkpoint is None and not ready)):
+            raise ValueError(
+                "give both checkpoint and training for heads_only, which trains an auxiliary head "
+                "on a finished network"
+            )
+        if self.checkpoint is None and (not self.strict or self.checkpoint_layout != "native"):
+            raise ValueError("give checkpoint too, which strict and checkpoint_layout are about")
         return self
+
+
+_DISCREPANCIES = ("heads", "flip", "scales", "entropy", "margin")
+
+
+def _count_or_auto(value: Any) -> Any:
+    # Checked here, because the message of a union names its parts as if they were keys.
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("expected auto or a number of images from 1")
+
+
+class AveragingConfig(Model):
+    """Passes of the teacher whose probabilities are averaged, in both heads."""
+
+    flip: bool = False
+    """Over each image and its mirror image."""
+    scales: tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...] = (1.0,)
+    """Over these sizes of the image, as multiples of its own."""
+
+    @field_validator("scales")
+    @classmethod
+    def _scales_differ(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError(f"expected at least one scale and none twice, got {list(value)}")
+        return value
 
 
 class MapsConfig(Model):
@@ -248,15 +766,82 @@ class MapsConfig(Model):
     """Folder or URL (``s3://bucket/maps``) of the map stores; None takes the run's folder."""
     soft_labels: bool = True
     """Store the teacher's logits at the output stride, for logit distillation."""
-    aux_hardness: bool = True
-    """Store the hardness under the auxiliary head, for the second stage's auxiliary term."""
+    discrepancy: str = "heads"
+    """How the teacher's discrepancy is obtained: ``heads``, its auxiliary against its main head as
+    published; ``module:NAME``, a submodule's output in the auxiliary head's place; of teachers
+    with one head ``flip``, the mirrored image; ``scales``, several sizes of the image;
+    ``entropy`` or ``margin``, the prediction's own."""
+    scales: tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...] = (0.75, 1.0, 1.25)
+    """Sizes of the image for ``discrepancy: scales``, as multiples of its own."""
+    view: Literal["whole", "sliding"] = "whole"
+    """Whether the teacher sees an image whole, or through a window that slides over images larger
+    than it and whose logits are blended."""
+    window: tuple[Count, Count] = (512, 1024)
+    """Height and width in pixels of the window of ``view: sliding``; best multiples of 32."""
+    overlap: Annotated[float, Field(ge=0.0, le=0.9)] = 0.25
+    """Least share of a window that its neighbour sees too, with ``view: sliding``."""
+    averaging: AveragingConfig = AveragingConfig()
+    """Test-time averaging of all maps over several passes; not to be confused with
+    ``discrepancy: flip`` and ``scales``, which measure how far such passes are apart."""
+    aux_hardness: bool | None = None
+    """Store the hardness under the auxiliary logits, for the second stage's auxiliary term; None
+    does where there are auxiliary logits (``discrepancy`` of ``heads`` or ``module:NAME``)."""
     shard_images: Count = 16
     """Images per shard: one shard is one unit of work and one file per array."""
-    batch_size: Count = 4
-    """Images per forward pass of the teacher."""
+    batch_size: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = 4
+    """Images of equal size per forward pass of the teacher; halved where memory is not enough.
+    ``auto`` begins with a whole shard on an accelerator and with 4 on the CPU."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     workers: Annotated[int, Field(ge=0)] = 1
     """Dask worker processes on this machine; 0 runs the teacher in the main process."""
+
+    @field_validator("discrepancy")
+    @classmethod
+    def _discrepancy_is_known(cls, value: str) -> str:
+        kind, _, name = value.partition(":")
+        if value not in _DISCREPANCIES and not (kind == "module" and name):
+            raise ValueError(
+                f"expected {', '.join(_DISCREPANCIES)} or module:NAME with the name of a "
+                f"submodule of the teacher, got '{value}'"
+            )
+        return value
+
+    @field_validator("scales")
+    @classmethod
+    def _scales_differ(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(value) < 2 or len(set(value)) != len(value):
+            raise ValueError(f"expected at least two different scales, got {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _auxiliary_logits_exist(self) -> MapsConfig:
+        if self.aux_hardness and not self._has_auxiliary_logits:
+            raise ValueError(
+                f"aux_hardness: there are no auxiliary logits with discrepancy: "
+                f"{self.discrepancy}; leave it out, or use discrepancy: heads or module:NAME"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _averaging_leaves_passes_apart(self) -> MapsConfig:
+        if self.averaging != AveragingConfig() and self.discrepancy in ("flip", "scales"):
+            raise ValueError(
+                f"averaging: expected none with discrepancy: {self.discrepancy}, which measures "
+                "how far such passes are apart; leave averaging out, or choose discrepancy: "
+                "heads, entropy, margin or module:NAME"
+            )
+        return self
+
+    @property
+    def _has_auxiliary_logits(self) -> bool:
+        return self.discrepancy == "heads" or self.discrepancy.startswith("module:")
+
+    @property
+    def stores_aux_hardness(self) -> bool:
+        """``aux_hardness`` as it is meant with this ``discrepancy``."""
+        if self.aux_hardness is None:
+            return self._has_auxiliary_logits
+        return self.aux_hardness
 
 
 class RunConfig(Model):
@@ -282,17 +867,18 @@ class RunConfig(Model):
         if twice:
             raise ValueError(f"students: the names {twice} are used twice")
         for student in self.students:
-            if student.distils_logits and not self.maps.soft_labels:
+            stored = student.teacher == "stored"
+            if stored and student.distils_logits and not self.maps.soft_labels:
                 raise ValueError(
                     f"students: '{student.name}' distils logits, which needs maps.soft_labels: "
-                    "true; kd.weight: 0 leaves the term out"
+                    "true; kd.weight: 0 leaves out that of kd and rdd"
                 )
-        if self.teacher.network.auxiliary is None and any(
-            "rdd" in student.method for student in self.students
-        ):
+        if self.maps.discrepancy == "heads" and not self.teacher.network.auxiliary:
             raise ValueError(
-                "teacher.network.auxiliary: the prediction discrepancy needs an auxiliary head; "
-                "add 'auxiliary: {}' to the teacher's network"
+                "teacher.network.auxiliary: maps.discrepancy: heads compares a main and an "
+                "auxiliary head, but this teacher has one head; add 'auxiliary: true' to its "
+                "network if it is to be trained with one, or choose maps.discrepancy: flip, "
+                "scales, entropy, margin or module:NAME"
             )
         return self
 
@@ -407,13 +993,12 @@ def _expand_paths(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(item: Any) -> str:
-    location = item["loc"]
-    # Tags of the discriminated unions stand in the location but are no keys of the file.
-    keys = [part for part in location if part not in ("synthetic", "camvid")]
+    keys, _ = _locate(item["loc"])
     path = ".".join(str(part) for part in keys)
     if item["type"] == "extra_forbidden":
-        valid = _valid_names(RunConfig, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.4)
+        _, models = _locate(item["loc"][:-1])
+        valid = sorted({name for model in models for name in model.model_fields})
+        near = difflib.get_close_matches(str(keys[-1]), valid, n=1, cutoff=0.4)
         hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(valid)}"
         return f"  {path}: unknown key; {hint}"
     message = item["msg"].removeprefix("Value error, ")
@@ -424,21 +1009,28 @@ def _explain(item: Any) -> str:
     return f"  {path}: {message}" if path else f"  {message}"
 
 
-def _valid_names(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Field names valid at a location of a validation error."""
-    models = [model]
+def _locate(
+    location: tuple[int | str, ...],
+) -> tuple[list[int | str], list[type[BaseModel]]]:
+    """Keys of the file that a location of a validation error stands for, and the models there.
+
+    A union's ``type`` stands in the location of an error but is no key of the file.
+    """
+    keys: list[int | str] = []
+    models: list[type[BaseModel]] = [RunConfig]
     for part in location:
-        if isinstance(part, int):
-            continue
-        children: list[type[BaseModel]] = []
-        for candidate in models:
-            if part in candidate.model_fields:
-                children += _models_in(candidate.model_fields[part].annotation)
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
         tagged = [
-            m for m in models if "type" in m.model_fields and m.model_fields["type"].default == part
+            model
+            for model in models
+            if "type" in model.model_fields and model.model_fields["type"].default == part
         ]
-        models = children or tagged or models
-    return sorted({name for candidate in models for name in candidate.model_fields})
+        if tagged and not fields:
+            models = tagged
+            continue
+        keys.append(part)
+        models = [m for field in fields for m in _models_in(field.annotation)] or models
+    return keys, models
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -10,6 +10,7 @@ Shape suffixes: B batch, C classes, h w the network's output grid, H W the label
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -28,10 +29,13 @@ __all__ = [
     "IGNORE_INDEX",
     "Relation",
     "TensorArgumentError",
+    "entropy_discrepancy",
     "hard_mask",
     "hard_threshold",
+    "margin_discrepancy",
     "prediction_discrepancy",
     "relative_difficulty",
+    "scale_discrepancy",
     "tfe_weight",
     "true_class_probability",
 ]
@@ -41,6 +45,8 @@ IGNORE_INDEX = 255
 
 Relation = Literal["xor", "or", "and", "student"]
 """How the student's and the teacher's hard pixels are combined."""
+
+_SMALLEST_MARGIN = 2.0**-23  # a unit in the last place of float32 probabilities near 1
 
 
 def prediction_discrepancy(main: Tensor, aux: Tensor) -> Tensor:
@@ -75,6 +81,103 @@ def prediction_discrepancy(main: Tensor, aux: Tensor) -> Tensor:
         log_aux = F.log_softmax(at_least_float32(aux), dim=1)
         # Rounding leaves a sum of signed terms a little below zero where the heads agree.
         return (log_aux.exp() * (log_aux - log_main)).sum(1).clamp_min(0.0)
+
+
+def scale_discrepancy(probs: Sequence[Tensor]) -> Tensor:
+    """How far a network's predictions at several scales are from their mean.
+
+    ``D = mean_s KL(p_s || mean_s p_s)`` in nats, the Jensen-Shannon divergence of the scales: at
+    most ``ln S`` for S scales. It stands in for the prediction discrepancy (arXiv 2407.03719)
+    where a network has one head; the paper has no such term.
+
+    Args:
+        probs: S tensors (B, C, h, w), probabilities over the classes at each scale, brought to one
+            grid, any floating dtype; at least two.
+
+    Returns:
+        (B, h, w), float32 (float64 for double probabilities), in [0, ln S]. Labels play no part.
+
+    Raises:
+        TensorArgumentError: Fewer than two tensors, or their shapes differ or have not four axes.
+
+    Example:
+        >>> sure = torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1)
+        >>> scale_discrepancy([sure, sure]).item(), scale_discrepancy([sure, 1 - sure]).item()
+        (0.0, 0.6931471824645996)
+    """
+    if len(probs) < 2:
+        raise TensorArgumentError(f"probs: expected at least two scales, got {len(probs)}")
+    require_dims("probs[0]", probs[0], "BChw")
+    for index, other in enumerate(probs[1:], 1):
+        require_shape(f"probs[{index}]", other, probs[0].shape, "that of probs[0]")
+    with torch.autocast(probs[0].device.type, enabled=False):
+        scales = [at_least_float32(p) for p in probs]
+        mean = torch.stack(scales).mean(0)
+        # The mean of a subnormal probability may be 0, and its share of the sum is none.
+        log_mean = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
+        total = torch.zeros_like(mean[:, 0])
+        for p in scales:
+            total += (torch.xlogy(p, p) - p * log_mean).sum(1)
+        return (total / len(scales)).clamp_min(0.0)
+
+
+def entropy_discrepancy(logits: Tensor) -> Tensor:
+    """How undecided a network is, from one forward pass.
+
+    ``D = -sum_c p ln p`` with ``p = softmax(logits)``, in nats: at most ``ln C``. It stands in for
+    the prediction discrepancy (arXiv 2407.03719) where a network has one head; the paper has no
+    such term.
+
+    Args:
+        logits: (B, C, h, w), any floating dtype.
+
+    Returns:
+        (B, h, w), float32 (float64 for double logits), in [0, ln C]. Labels play no part.
+
+    Raises:
+        TensorArgumentError: The logits have not four axes.
+
+    Example:
+        >>> entropy_discrepancy(torch.tensor([[0.0, 0.0], [0.0, 9.0]]).reshape(1, 2, 1, 2))
+        tensor([[[0.6931, 0.0012]]])
+    """
+    require_dims("logits", logits, "BChw")
+    with torch.autocast(logits.device.type, enabled=False):
+        log_p = F.log_softmax(at_least_float32(logits), dim=1)
+        return (log_p.exp() * -log_p).sum(1).clamp_min(0.0)
+
+
+def margin_discrepancy(logits: Tensor) -> Tensor:
+    """How near a network's second choice is to its first, from one forward pass.
+
+    ``D = -ln(p1 - p2)`` with the two largest of ``softmax(logits)``, so that ``exp(-D)`` is the
+    margin itself. Margins below ``2**-23`` count as ``2**-23`` (D = 15.9), so that D is finite
+    where classes tie. It stands in for the prediction discrepancy (arXiv 2407.03719) where a
+    network has one head; the paper has no such term.
+
+    Args:
+        logits: (B, C, h, w), any floating dtype; at least two classes.
+
+    Returns:
+        (B, h, w), float32 (float64 for double logits), in [0, 23 ln 2]. Labels play no part.
+
+    Raises:
+        TensorArgumentError: The logits have not four axes, or one class only.
+
+    Example:
+        >>> probs = torch.tensor([0.75, 0.25]).reshape(1, 2, 1, 1)
+        >>> margin_discrepancy(probs.log()).exp().reciprocal()
+        tensor([[[0.5000]]])
+    """
+    require_dims("logits", logits, "BChw")
+    if logits.shape[1] < 2:
+        raise TensorArgumentError(
+            f"logits: expected at least two classes, got shape {tuple(logits.shape)}"
+        )
+    with torch.autocast(logits.device.type, enabled=False):
+        first, second = at_least_float32(logits).softmax(1).topk(2, dim=1).values.unbind(1)
+        # Subtracted from 0, so that a margin of 1 gives 0 and not -0.
+        return 0.0 - (first - second).clamp_min(_SMALLEST_MARGIN).log()
 
 
 def tfe_weight(discrepancy: Tensor, size: tuple[int, int]) -> Tensor:

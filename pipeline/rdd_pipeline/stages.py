@@ -26,7 +26,13 @@ import torch
 from pydantic import TypeAdapter
 
 from rdd_pipeline.build import BuildResult, build_maps
-from rdd_pipeline.config import DataConfig, RunConfig, StudentConfig, TrainingConfig
+from rdd_pipeline.config import (
+    DataConfig,
+    RunConfig,
+    StudentConfig,
+    TrainingConfig,
+    without_pretrained,
+)
 from rdd_pipeline.data import (
     SegmentationDataset,
     build_dataset,
@@ -35,23 +41,32 @@ from rdd_pipeline.data import (
 )
 from rdd_pipeline.errors import ConfigError
 from rdd_pipeline.evaluate import Metrics, evaluate
+from rdd_pipeline.export import WEIGHTS_FILE, describe_network
 from rdd_pipeline.files import read_json, write_json
-from rdd_pipeline.losses import KDLoss, RDDLoss, SupervisedLoss
+from rdd_pipeline.methods import taps_of
 from rdd_pipeline.networks import (
     SegmentationNetwork,
     build_network,
+    checkpoint_files,
     load_weights,
+    network_identity,
     parameter_count,
     save_weights,
+    weights_hash,
 )
 from rdd_pipeline.progress import Reporter
-from rdd_pipeline.signals import SignalDecoder
-from rdd_pipeline.stream import MapStream, Need
-from rdd_pipeline.trainer import Loss, TrainingResult, train
-from rdd_storage import MapReader, StoreWriteError, identity_difference, record_use
+from rdd_pipeline.student import PreparedStudent, prepare_student
+from rdd_pipeline.teacher_views import discrepancy_definition
+from rdd_pipeline.trainer import TrainingResult, train
+from rdd_storage import (
+    MapReader,
+    StoreMismatchError,
+    StoreWriteError,
+    identity_difference,
+    record_use,
+)
 
 RESULT_FILE = "result.json"
-WEIGHTS_FILE = "weights.safetensors"
 
 # Settings that change how a training is watched or loaded, but not its outcome.
 _NOT_DECISIVE = {"workers", "checkpoint_every", "evaluate_every", "log_every"}
@@ -95,7 +110,7 @@ def check_data(config: RunConfig, reporter: Reporter) -> None:
 
 
 def run_teacher(config: RunConfig, reporter: Reporter) -> TrainedNetwork:
-    """Train the teacher, or load its checkpoint, unless that was done before."""
+    """Train the teacher, or load its checkpoint, or both, unless that was done before."""
     directory = config.run_dir / "teacher"
     train_set, val_set = build_dataset(config.data, "train"), build_dataset(config.data, "val")
     teacher = config.teacher
@@ -107,17 +122,20 @@ def run_teacher(config: RunConfig, reporter: Reporter) -> TrainedNetwork:
     if teacher.training is not None:
         settings["training"] = _decisive(teacher.training)
         settings["images"] = images_digest(config.data)
-    else:
-        assert teacher.checkpoint is not None  # the configuration requires one of the two
-        settings["checkpoint"] = _file_digest(teacher.checkpoint)
+        settings |= {"heads_only": True} if teacher.heads_only else {}
+    if teacher.checkpoint is not None:
+        settings["checkpoint"] = _checkpoint_digest(teacher.checkpoint)
+        settings |= teacher.model_dump(
+            mode="json", include={"checkpoint_layout", "strict"}, exclude_defaults=True
+        )
+    elif teacher.training is None:
+        settings["weights"] = weights_hash(_ready_teacher(config, train_set.num_classes, reporter))
     reused = _reuse(directory, settings, "teacher", reporter)
     if reused is not None:
         return reused
 
-    network = build_network(teacher.network, train_set.num_classes, seed=config.seed)
     if teacher.training is None:
-        assert teacher.checkpoint is not None
-        load_weights(network, teacher.checkpoint)
+        network = _ready_teacher(config, train_set.num_classes, reporter)
         device = resolve_device(config.device)
         metrics = evaluate(
             network.to(device), val_set, device=device, reporter=reporter, name="evaluate teacher"
@@ -126,13 +144,68 @@ def run_teacher(config: RunConfig, reporter: Reporter) -> TrainedNetwork:
         result = {"metrics": dataclasses.asdict(metrics),
                   "parameters": parameter_count(network)}  # fmt: skip
     else:
+        start, training = None, teacher.training
+        if teacher.checkpoint is not None or teacher.heads_only:
+            start = _ready_teacher(config, train_set.num_classes, reporter)
+        if teacher.heads_only and start is not None:
+            start.train_auxiliary_head_alone()
+            # There is no other loss that its weight would have to balance.
+            training = training.model_copy(update={"aux_weight": 1.0})
+        prepared = prepare_student(
+            config,
+            StudentConfig(
+                name="teacher", method=("supervised",), network=teacher.network, training=training
+            ),
+            train_set,
+            reader=None,
+            teacher=None,
+            start=start,
+        )
         outcome = _train(
-            config, network, SupervisedLoss(aux_weight=teacher.training.aux_weight),
-            train_set, val_set, None, frozenset(), teacher.training, config.seed, directory,
-            "teacher", reporter,
-        )  # fmt: skip
+            config, prepared, val_set, teacher.training, config.seed, directory, "teacher", reporter
+        )
         result = dataclasses.asdict(outcome)
+    describe_network(directory, teacher.network, train_set)
     return _finish(directory, settings, result, "teacher")
+
+
+def _ready_teacher(config: RunConfig, num_classes: int, reporter: Reporter) -> SegmentationNetwork:
+    """The teacher with the weights of its checkpoint, or those that its network comes with.
+
+    Where it is trained further, its auxiliary head may be a new one.
+    """
+    teacher = config.teacher
+    network = build_network(teacher.network, num_classes, seed=config.seed)
+    if teacher.checkpoint is not None:
+        left_out = load_weights(
+            network,
+            teacher.checkpoint,
+            layout=teacher.checkpoint_layout,
+            strict=teacher.strict,
+            may_lack=network.auxiliary_tensors() if teacher.training is not None else (),
+        )
+        if left_out:
+            what = "; ".join(line.strip() for line in left_out)
+            reporter.say(f"teacher: not all of {teacher.checkpoint} was loaded: {what}")
+    elif not network.pretrained_whole:
+        raise ConfigError(
+            "teacher.network: not all of its layers have pretrained weights of these "
+            f"{num_classes} classes; give teacher.checkpoint, or teacher.training to train it"
+        )
+    return network
+
+
+def ready_teacher(config: RunConfig, reporter: Reporter) -> SegmentationNetwork | None:
+    """The teacher with its final weights, if that needs no training; None if it does."""
+    num_classes = build_dataset(config.data, "train").num_classes
+    directory = config.run_dir / "teacher"
+    if (directory / RESULT_FILE).exists():
+        network = build_network(without_pretrained(config.teacher.network), num_classes)
+        load_weights(network, directory / WEIGHTS_FILE)
+        return network
+    if config.teacher.training is not None:
+        return None
+    return _ready_teacher(config, num_classes, reporter)
 
 
 def run_maps(config: RunConfig, teacher: TrainedNetwork, reporter: Reporter) -> BuildResult:
@@ -150,15 +223,25 @@ def run_maps(config: RunConfig, teacher: TrainedNetwork, reporter: Reporter) -> 
 
 
 def run_student(
-    config: RunConfig, student: StudentConfig, store: str | None, reporter: Reporter
+    config: RunConfig,
+    student: StudentConfig,
+    store: str | None,
+    reporter: Reporter,
+    teacher: Path | None = None,
 ) -> TrainedNetwork:
-    """Train one student from the stored maps; the teacher is neither built nor loaded.
+    """Train one student. From stored maps alone the teacher is neither built nor loaded.
 
     Args:
         config: The run.
         student: One of its students.
-        store: Path of the map store; needed unless the method is ``supervised``.
+        store: Path of the map store; needed where :attr:`StudentConfig.needs_maps`.
         reporter: Where progress is shown.
+        teacher: The teacher's weights; needed where :attr:`StudentConfig.needs_teacher`.
+
+    Raises:
+        ConfigError: The store or the teacher is needed and not given.
+        StoreMismatchError: The store does not fit the data, or comes from another teacher than
+            the one that is loaded.
     """
     directory = config.run_dir / "students" / student.name
     train_set, val_set = build_dataset(config.data, "train"), build_dataset(config.data, "val")
@@ -166,20 +249,33 @@ def run_student(
     network_config = config.student_network(student)
     seed = config.student_seed(student)
     reader = None
-    if student.method != ("supervised",):
+    if student.needs_maps:
         if store is None:
             raise ConfigError(
                 f"students: '{student.name}' is distilled and needs a map store; "
                 "run 'rdd maps build' first"
             )
         reader = MapReader(store)
+    live = None
+    if student.needs_teacher:
+        if teacher is None:
+            raise ConfigError(
+                f"students: '{student.name}' needs the teacher's weights beside the maps; give the "
+                "path of its weights, or use methods that work on stored maps"
+            )
+        live = build_network(without_pretrained(config.teacher.network), train_set.num_classes)
+        load_weights(live, teacher)
+        if reader is not None:
+            _require_same_teacher(reader, live)
     settings = {
         "network": network_config.model_dump(mode="json"),
         "training": _decisive(training),
         "seed": seed,
         "method": list(student.method),
-        "rdd": student.rdd.model_dump(mode="json") if "rdd" in student.method else None,
-        "kd": student.kd.model_dump(mode="json") if reader is not None else None,
+        "methods": {
+            name: section.model_dump(mode="json") for name, section in student.sections.items()
+        },
+        "teacher": None if live is None else _live_settings(config, student, weights_hash(live)),
         "store": reader.fingerprint if reader is not None else None,
         "store_version": reader.version if reader is not None else None,
         "data": train_set.identity(),
@@ -189,7 +285,6 @@ def run_student(
     if reused is not None:
         return reused
 
-    network = build_network(network_config, train_set.num_classes, seed=seed)
     if reader is not None:
         try:
             record_use(
@@ -197,89 +292,66 @@ def run_student(
             )
         except StoreWriteError as error:  # a shared store may well be read-only for its users
             reporter.say(f"{student.name}: the store does not record this use ({error})")
-    outcome = _train(
-        config, network, build_loss(student, training), train_set, val_set, reader,
-        map_needs(student, network, reader), training, seed, directory, student.name, reporter,
-    )  # fmt: skip
+    if live is not None:
+        reporter.say(f"{student.name}: {'+'.join(student.method)} runs the teacher on every crop")
+    prepared = prepare_student(
+        config,
+        student,
+        train_set,
+        reader=reader,
+        teacher=live,
+        digests=None if reader is None else image_digests(config.data),
+    )
+    outcome = _train(config, prepared, val_set, training, seed, directory, student.name, reporter)
+    describe_network(directory, network_config, train_set)
     return _finish(directory, settings, dataclasses.asdict(outcome), student.name)
 
 
-def map_needs(
-    student: StudentConfig, network: SegmentationNetwork, reader: MapReader | None
-) -> frozenset[Need]:
-    """Which of the stored maps a student's method reads."""
-    needs: set[Need] = set()
-    if "rdd" in student.method:
-        needs |= {"weight", "true_prob"}
-        if network.has_aux and reader is not None and "aux_hardness" in reader.arrays:
-            needs.add("aux_true_prob")
-    if student.distils_logits:
-        needs.add("logits")
-    return frozenset(needs)
+def _require_same_teacher(reader: MapReader, live: SegmentationNetwork) -> None:
+    stored, loaded = reader.identity["teacher"]["weights"], weights_hash(live)
+    if stored != loaded:
+        raise StoreMismatchError(
+            f"{reader.path}: its teacher has weights {stored[:12]}, the one loaded beside it "
+            f"{loaded[:12]}; give the store of this teacher, or its weights"
+        )
 
 
-def build_loss(student: StudentConfig, training: TrainingConfig) -> Loss:
-    """The loss of a student's method."""
-    kd_weight = student.kd.weight if student.distils_logits else 0.0
-    if "rdd" in student.method:
-        rdd = student.rdd
-        return RDDLoss(
-            iterations=training.iterations,
-            switch=rdd.switch,
-            blend=rdd.blend,
-            threshold=rdd.threshold,
-            min_kept=rdd.min_kept,
-            relation=rdd.relation,
-            aux_weight=training.aux_weight,
-            kd_weight=kd_weight,
-            temperature=student.kd.temperature,
+def _live_settings(config: RunConfig, student: StudentConfig, weights: str) -> dict[str, Any]:
+    """What decides the signals of a teacher in memory."""
+    settings: dict[str, Any] = {
+        "network": network_identity(config.teacher.network),
+        "weights": weights,
+        "signals": student.teacher,
+    }
+    if taps_of(student)[0]:
+        settings["features"] = [tap.model_dump(mode="json") for tap in student.features]
+    if student.teacher == "online" and "rdd" in student.method:
+        settings["discrepancy"] = discrepancy_definition(
+            config.maps.discrepancy, config.maps.scales
         )
-    if "kd" in student.method:
-        return KDLoss(
-            kd_weight=kd_weight,
-            temperature=student.kd.temperature,
-            aux_weight=training.aux_weight,
-        )
-    return SupervisedLoss(aux_weight=training.aux_weight)
+    return settings
 
 
 def _train(
     config: RunConfig,
-    network: SegmentationNetwork,
-    loss: Loss,
-    train_set: SegmentationDataset,
+    prepared: PreparedStudent,
     val_set: SegmentationDataset,
-    reader: MapReader | None,
-    needs: frozenset[Need],
     training: TrainingConfig,
     seed: int,
     directory: Path,
     name: str,
     reporter: Reporter,
 ) -> TrainingResult:
-    stream = MapStream(
-        dataset=train_set,
-        reader=reader,
-        crop_size=training.crop_size,
-        scale=training.scale,
-        flip=training.flip,
-        seed=seed,
-        length=training.iterations * training.batch_size * int(os.environ.get("WORLD_SIZE", "1")),
-        needs=needs,
-        grid_size=network.grid_size(*training.crop_size),
-        digests=None if reader is None else image_digests(config.data),
-    )
-
     def evaluate_on_val(candidate: SegmentationNetwork, device: torch.device) -> Metrics:
         return evaluate(
             candidate, val_set, device=device, reporter=reporter, name=f"evaluate {name}"
         )
 
     return train(
-        network,
-        loss,
-        stream,
-        signals=SignalDecoder(None if reader is None else reader.schema.hardness_bits),
+        prepared.model,
+        prepared.loss,
+        prepared.stream,
+        signals=prepared.signals,
         config=training,
         seed=seed,
         directory=directory,
@@ -316,14 +388,20 @@ def images_digest(data: DataConfig) -> str:
     return hashlib.sha256("\n".join(image_digests(data)).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
+def _checkpoint_digest(path: Path) -> str:
+    """Digest of a checkpoint's file, or of the digests of its files."""
+    digests = []
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        for part in checkpoint_files(path):
+            with part.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     except OSError as error:
         raise ConfigError(
             f"teacher.checkpoint: {path} cannot be read ({error.strerror})"
         ) from error
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _reuse(
@@ -370,7 +448,8 @@ def _set_aside(directory: Path) -> Path:
 def _finish(
     directory: Path, settings: dict[str, Any], result: dict[str, Any], name: str
 ) -> TrainedNetwork:
-    write_json(directory / RESULT_FILE, result | {"finished": _now(), "settings": settings})
+    result = result | {"finished": _now(), "settings": settings}
+    write_json(directory / RESULT_FILE, result)
     return TrainedNetwork(name=name, weights=directory / WEIGHTS_FILE, reused=False, result=result)
 
 
@@ -403,6 +482,7 @@ def write_results(
             | {
                 "name": name,
                 "method": entry["settings"]["method"],
+                "label": _method_label(entry["settings"]),
                 "in_this_run": name in named,
                 "reused": name not in named or named[name].reused,
             }
@@ -429,6 +509,13 @@ def write_results(
         },
     )
     return path
+
+
+def _method_label(settings: dict[str, Any]) -> str:
+    """The methods of a student as tables show them."""
+    teacher = settings["teacher"]
+    online = teacher is not None and teacher["signals"] == "online"
+    return "+".join(settings["method"]) + (", online" if online else "")
 
 
 def machine() -> dict[str, Any]:

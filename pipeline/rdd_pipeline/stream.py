@@ -73,7 +73,7 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
     ``logits_valid``        bool (h, w)       False at grid points in the padding
     ======================  ================  ====================================================
 
-    The last five are there as ``needs`` asks for them.
+    The last five are there as ``needs`` and ``mark_padding`` ask for them.
 
     Args:
         dataset: Images and labels.
@@ -85,6 +85,7 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
         length: Number of samples: iterations x batch size x processes.
         needs: Which of ``weight``, ``true_prob``, ``aux_true_prob`` and ``logits`` to give.
         grid_size: Output grid of the student for a crop; needed for ``logits``.
+        mark_padding: Give ``logits_valid`` without stored logits too, for a teacher in memory.
         identity: Identity expected of the store; None expects the data set's part of it alone.
         digests: Digests of the data set's images in its order, if they are known already.
         progress: Called with the number of images digested since the last call.
@@ -114,6 +115,7 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
         length: int,
         needs: Collection[Need] = (),
         grid_size: Size | None = None,
+        mark_padding: bool = False,
         identity: Mapping[str, Any] | None = None,
         digests: Sequence[str] | None = None,
         progress: Progress | None = None,
@@ -126,7 +128,7 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
         unknown = sorted(set(needs) - set(_ARRAYS))
         if unknown:
             raise ValueError(f"needs: expected some of {', '.join(_ARRAYS)}, got {unknown}")
-        if "logits" in needs and grid_size is None:
+        if ("logits" in needs or mark_padding) and grid_size is None:
             raise ValueError("grid_size: needed for logits; give the student's output grid")
         self.dataset = dataset
         self.reader = reader
@@ -134,6 +136,7 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
         self.seed, self.length = seed, length
         self.needs = tuple(need for need in _ARRAYS if need in needs)
         self.grid_size = grid_size
+        self.mark_padding = mark_padding
         self._kept: frozenset[Need] = frozenset()
         self._sizes: dict[int, Size] = {}
         if reader is not None:
@@ -214,6 +217,8 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
             "label": torch.from_numpy(crop_nearest(part.label, window, origin=origin)),
             "index": torch.tensor(index),
         }
+        if self.mark_padding:
+            sample["logits_valid"] = torch.from_numpy(covered_points(window, self.grid_size))
         if self.reader is not None and self.needs:
             maps = self._read_maps(self.reader, index, window, (rows, columns))
             sample |= {key: torch.from_numpy(value) for key, value in maps.items()}

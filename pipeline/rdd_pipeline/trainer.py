@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -28,10 +28,10 @@ from torch.utils.tensorboard import SummaryWriter
 from rdd_pipeline.config import TrainingConfig
 from rdd_pipeline.errors import CheckpointError, NonFiniteError
 from rdd_pipeline.evaluate import Metrics
+from rdd_pipeline.features import TappedStudent
 from rdd_pipeline.files import read_json, write_json
-from rdd_pipeline.losses import LossOutput, TeacherSignals
+from rdd_pipeline.losses import LossOutput, NetworkOutputs, TeacherSignals
 from rdd_pipeline.networks import (
-    SegLogits,
     SegmentationNetwork,
     parameter_count,
     parameter_groups,
@@ -50,7 +50,7 @@ class Loss(Protocol):
     """What the trainer asks of a loss; see :mod:`rdd_pipeline.losses`."""
 
     def __call__(
-        self, outputs: SegLogits, target: torch.Tensor, teacher: TeacherSignals, iteration: int
+        self, outputs: NetworkOutputs, target: torch.Tensor, teacher: TeacherSignals, iteration: int
     ) -> LossOutput:
         """Compute the loss of one batch."""
         ...
@@ -105,7 +105,7 @@ def poly_schedule(config: TrainingConfig) -> Callable[[int], float]:
 
 
 def train(
-    network: SegmentationNetwork,
+    student: SegmentationNetwork | TappedStudent,
     loss: Loss,
     stream: MapStream,
     *,
@@ -120,6 +120,9 @@ def train(
 ) -> TrainingResult:
     """Train a network, resuming from the last checkpoint in ``directory`` if there is one.
 
+    A :class:`TappedStudent` is trained whole; what is evaluated and saved is its network. A loss
+    that is a module with state (a memory of earlier batches) is resumed as well.
+
     Writes ``checkpoints/<iteration>`` (weights as safetensors and the whole training state),
     ``tensorboard/`` and, at the end, ``weights.safetensors``.
 
@@ -130,15 +133,19 @@ def train(
     with _accelerator(config, device) as accelerator:
         set_seed(seed)
         optimizer = torch.optim.SGD(
-            parameter_groups(network, config.lr, config.head_lr_factor),
+            _parameter_groups(student, config),
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, poly_schedule(config))
         if accelerator.num_processes > 1:
-            network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        model, optimizer = accelerator.prepare(network, optimizer)
+            student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        model, optimizer = accelerator.prepare(student, optimizer)
         accelerator.register_for_checkpointing(scheduler)
+        if isinstance(loss, torch.nn.Module):
+            loss.to(accelerator.device)
+            if loss.state_dict():
+                accelerator.register_for_checkpointing(loss)
 
         state = _State()
         checkpoints = directory / "checkpoints"
@@ -163,7 +170,7 @@ def train(
                 accelerator, model, loss, optimizer, scheduler, stream, signals, config, state,
                 checkpoints, evaluate, reporter, name, writer,
             )  # fmt: skip
-        unwrapped = accelerator.unwrap_model(model)
+        unwrapped = _network(accelerator, model)
         metrics = evaluate(unwrapped, accelerator.device)
         if accelerator.is_main_process:
             save_weights(unwrapped, directory / "weights.safetensors")
@@ -261,12 +268,31 @@ def _run(
 
             last = state.iteration == config.iterations
             if config.evaluate_every and state.iteration % config.evaluate_every == 0 and not last:
-                metrics = evaluate(accelerator.unwrap_model(model), accelerator.device)
+                metrics = evaluate(_network(accelerator, model), accelerator.device)
                 state.evaluations.append({"iteration": state.iteration, "miou": metrics.miou})
                 if writer is not None:
                     writer.add_scalar("val/miou", metrics.miou, state.iteration)
             if last or state.iteration % config.checkpoint_every == 0:
                 _save_checkpoint(accelerator, checkpoints, state)
+
+
+def _parameter_groups(
+    student: SegmentationNetwork | TappedStudent, config: TrainingConfig
+) -> list[dict[str, Any]]:
+    if not isinstance(student, TappedStudent):
+        return parameter_groups(student, config.lr, config.head_lr_factor)
+    groups = parameter_groups(student.network, config.lr, config.head_lr_factor)
+    projections = list(student.projections.parameters())
+    if projections:
+        rate = config.lr * config.head_lr_factor
+        groups.append({"name": "projections", "params": projections, "lr": rate})
+    return groups
+
+
+def _network(accelerator: Accelerator, model: torch.nn.Module) -> SegmentationNetwork:
+    """The network itself, out of what distributes it and takes its features."""
+    unwrapped = accelerator.unwrap_model(model)
+    return unwrapped.network if isinstance(unwrapped, TappedStudent) else unwrapped
 
 
 class _Averages:

@@ -20,7 +20,7 @@ import zarr.storage
 from zarr.codecs import ZstdCodec
 from zarr.core.buffer import Buffer, default_buffer_prototype
 
-from rdd_storage.schema import MapSchema
+from rdd_storage.schema import PUBLISHED_DISCREPANCY, MapSchema
 
 STRING = "string"
 """Stands for the variable-length string type."""
@@ -97,6 +97,11 @@ def map_specs(schema: MapSchema, num_rows: int) -> dict[str, ArraySpec]:
         "flag_meanings": " ".join("_".join(name.split()) for name in schema.class_names),
     }
 
+    # Only where it is another: stores from before there were others must keep their metadata.
+    definition = (
+        {} if schema.discrepancy == PUBLISHED_DISCREPANCY else {"definition": schema.discrepancy}
+    )
+
     def spec(
         name: str,
         dtype: str,
@@ -130,6 +135,7 @@ def map_specs(schema: MapSchema, num_rows: int) -> dict[str, ArraySpec]:
             long_name="prediction discrepancy of the teacher",
             comment="take exp(-d) first, then interpolate bilinearly with aligned corners",
             units="1",
+            **definition,
         ),
         spec("hardness", codec.dtype.name, codec.unwritten, pixels, size, **hardness),
         spec("prediction", "uint8", 255, pixels, size, long_name="predicted class", **classes),

@@ -12,6 +12,9 @@ from rdd_storage.quantise import HardnessCodec, hardness_codec
 MAX_CLASSES = 255
 """Predictions are uint8 and 255 means none."""
 
+PUBLISHED_DISCREPANCY = "KL(aux || main)"
+"""How d is obtained unless a store says otherwise."""
+
 _CHUNK = {"chunk_height": 1024, "chunk_width": 2048}
 
 
@@ -43,6 +46,8 @@ class MapSchema:
     """Whether the main head's logits are stored (soft labels)."""
     aux_logits: bool = False
     """Whether the auxiliary head's logits are stored."""
+    discrepancy: str = PUBLISHED_DISCREPANCY
+    """How the discrepancy is obtained, in words."""
     # Measured at 1024 x 2048 (bench/store.py) against whole images: crops of a quarter of the
     # image in 0.6 of the time, 1.4% more bytes; smaller chunks gain no more. An object store still
     # gets one request a crop, since an image's chunks lie side by side in the shard.

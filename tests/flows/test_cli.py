@@ -126,6 +126,36 @@ def test_verify_repair_rebuild_and_remove(
     assert not store.exists()
 
 
+def test_fidelity_is_measured_and_written(
+    rdd: Rdd, finished: tuple[Path, Path, str, str], tmp_path: Path
+) -> None:
+    config, run, _, _ = finished
+    store = next((run / "maps").glob("*.zarr"))
+    done = rdd("maps", "fidelity", store, "--config", config, "--crops", "5")
+    assert done.returncode == 0, done.stderr
+    assert "teacher: reused" in done.stderr
+    for expected in (
+        "6 crops",
+        "weight W, mean absolute error",
+        "flipped",
+        "soft labels",
+        "0.5 to",
+    ):
+        assert expected in done.stdout
+    tree = json.loads((run / "fidelity" / "fidelity.json").read_text())
+    assert store.name.removesuffix(".zarr").endswith(tree["fingerprint"][:12])
+    assert tree["settings"]["student"] == "rdd"
+    assert tree["machine"]["command"].startswith("rdd maps fidelity")
+    assert (run / "fidelity" / "fidelity.md").read_text().count("|") > 100
+    assert (run / "fidelity" / "fidelity.png").stat().st_size > 50_000
+    other = ("maps", "fidelity", store, "--config", config, "--quiet", "--out", tmp_path)
+    refused = rdd(*other, "--set", "maps.precision=bf16")
+    assert refused.returncode == 1
+    assert "evaluation.precision: expected" in refused.stderr
+    assert "--student nobody: expected one of" in rdd(*other, "--student", "nobody").stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_train_uses_a_ready_store_and_report_is_written_again(
     rdd: Rdd, finished: tuple[Path, Path, str, str], tmp_path: Path
 ) -> None:

@@ -59,11 +59,43 @@ def test_contradictions_say_what_to_do(change: dict[str, Any], expected: str) ->
         parse_config(tree(**change))
 
 
-def test_teacher_without_auxiliary_head_is_refused_only_for_rdd() -> None:
+def test_a_teacher_with_one_head_needs_a_discrepancy_of_one_head() -> None:
     network = {"architecture": "FPN", "encoder": "resnet18"}
     teacher = {"network": network, "training": {"iterations": 10}}
-    with pytest.raises(ConfigError, match="auxiliary"):
-        parse_config(tree(teacher=teacher))
+    for students in (["supervised", "rdd"], ["kd"]):
+        with pytest.raises(ConfigError) as caught:
+            parse_config(tree(teacher=teacher, students=students))
+        assert "add 'auxiliary: true'" in str(caught.value)
+        assert "maps.discrepancy: flip, scales, entropy, margin or module:NAME" in str(caught.value)
+    for discrepancy in ("flip", "scales", "entropy", "margin", "module:decoder.head"):
+        maps = {"discrepancy": discrepancy}
+        config = parse_config(tree(teacher=teacher, maps=maps))
+        assert config.maps.stores_aux_hardness == discrepancy.startswith("module:")
+    assert parse_config(tree()).maps.stores_aux_hardness
+    assert not parse_config(tree(maps={"aux_hardness": False})).maps.stores_aux_hardness
+
+
+@pytest.mark.parametrize(
+    ("maps", "expected"),
+    [
+        (
+            {"discrepancy": "mirror"},
+            "maps.discrepancy: .*heads, flip, scales, entropy, margin or module:NAME.*'mirror'",
+        ),
+        ({"discrepancy": "module:"}, "module:NAME with the name of a submodule"),
+        ({"scales": [1.0]}, r"maps.scales: .*at least two different scales, got \[1.0\]"),
+        ({"scales": [0.5, 0.5]}, "at least two different scales"),
+        ({"scales": [0.0, 1.0]}, r"maps.scales.0: .*greater than 0"),
+        ({"scales": [1.0, float("inf")]}, r"maps.scales.1: .*finite"),
+        (
+            {"discrepancy": "flip", "aux_hardness": True},
+            "aux_hardness: there are no auxiliary logits with discrepancy: flip; leave it out",
+        ),
+    ],
+)
+def test_settings_of_the_discrepancy(maps: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        parse_config(tree(maps=maps))
 
 
 def test_teacher_needs_exactly_one_of_checkpoint_and_training() -> None:

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdd_pipeline.data.reading import LabelMap, image_size, label_size, read_image, read_label
+from rdd_pipeline.data.label_maps import LabelMap
+from rdd_pipeline.data.reading import (
+    EncodedImage,
+    image_size,
+    pair_digest,
+    read_image,
+    read_label,
+)
 from rdd_pipeline.errors import DataError, ImageReadError
 
 _RNG = np.random.default_rng(0)
@@ -40,7 +47,6 @@ def test_orientation_of_a_jpeg(tmp_path):
     Image.fromarray(_RGB).save(path, exif=exif)
     assert read_image(path).shape == (10, 6, 3)
     assert image_size(path) == (10, 6)
-    assert label_size(path) == (6, 10)
 
 
 def test_greyscale_is_repeated(tmp_path):
@@ -128,3 +134,36 @@ def test_label_map_names_strange_numbers(tmp_path):
         DataError, match=r"a\.png: label values 9, 300 \(3 pixels\).*expected 7 to 8"
     ):
         labels.apply(np.array([9, 300, 300], np.uint16), tmp_path / "a.png")
+
+
+def test_encoded_images_in_memory_are_read_as_files_are(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(_RGB).save(path)
+    held = EncodedImage(name="table row 3", data=path.read_bytes())
+    np.testing.assert_array_equal(read_image(held), _RGB)
+    assert image_size(held) == image_size(path)
+    assert pair_digest(held, held) == pair_digest(path, path)
+    cut = EncodedImage(name="table row 4", data=held.data[:50])
+    with pytest.raises(ImageReadError, match="table row 4: cannot be read as an image"):
+        read_image(cut)
+    with pytest.raises(ImageReadError, match=r"table row 5: .*\(unknown format\)"):
+        image_size(EncodedImage(name="table row 5", data=b"text"))
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    path = tmp_path / "print.tif"
+    Image.fromarray(_RGB).convert("CMYK").save(path)
+    np.testing.assert_array_equal(read_image(path), _RGB)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_a_label_with_an_orientation_of_its_own_is_turned(tmp_path, dtype):
+    path = tmp_path / "turned.tif"
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    numbers = _GREY.astype(dtype)
+    Image.fromarray(numbers).save(path, exif=exif)
+    np.testing.assert_array_equal(read_label(path), numbers.T[::-1])
+    assert image_size(path) == (10, 6)
+    if dtype == np.uint8:
+        np.testing.assert_array_equal(read_image(path)[..., 2], numbers.T[::-1])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import doctest
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ from hypothesis import strategies as st
 from rdd_pipeline import _fused, difficulty
 from rdd_pipeline.difficulty import (
     TensorArgumentError,
+    entropy_discrepancy,
     hard_mask,
     hard_threshold,
+    margin_discrepancy,
     prediction_discrepancy,
     relative_difficulty,
+    scale_discrepancy,
     tfe_weight,
     true_class_probability,
 )
@@ -75,6 +79,84 @@ def test_masks_are_the_published_ones_bit_for_bit(golden: dict[str, torch.Tensor
         assert torch.equal(masks[network], golden[f"out_hard_{network}"])
     relative = relative_difficulty(masks["student"], masks["teacher"])
     assert torch.equal(relative, golden["out_relative"])
+
+
+def of_scales(logits: torch.Tensor) -> torch.Tensor:
+    """Scales whose logits are those given and, in turn, those of the other classes."""
+    views = [logits, logits.roll(1, dims=1), logits.flip(1)]
+    return scale_discrepancy([view.double().softmax(1).to(logits.dtype) for view in views])
+
+
+ONE_HEAD = {
+    "entropy": (entropy_discrepancy, lambda classes: math.log(classes)),
+    "margin": (margin_discrepancy, lambda classes: 23 * math.log(2)),
+    "scales": (of_scales, lambda classes: math.log(3)),
+}
+
+
+@pytest.mark.parametrize("kind", ONE_HEAD)
+@given(seed=seeds, classes=st.integers(2, 20), scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]))
+@few_examples
+def test_discrepancies_of_one_head_stay_within_their_bounds(
+    kind: str, seed: int, classes: int, scale: float
+) -> None:
+    function, bound = ONE_HEAD[kind]
+    logits = logits_of(seed, (2, classes, 3, 4), scale)
+    d = function(logits)
+    assert d.shape == (2, 3, 4)
+    assert d.dtype == torch.float32
+    assert not torch.signbit(d).any()
+    assert d.max() <= bound(classes) + 1e-5
+    torch.testing.assert_close(d.double(), function(logits.double()), rtol=1e-4, atol=1e-5)
+    # The classes' order, and for logits a common shift, are nothing to it.
+    if kind != "scales":
+        shifted = logits.flip(1) + (1.0 if scale <= 30.0 else 0.0)
+        torch.testing.assert_close(function(shifted), d, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_discrepancies_of_one_head_are_float32_under_autocast(dtype: torch.dtype) -> None:
+    logits = logits_of(1, (1, 19, 4, 4), 3.0).to(dtype)
+    probs = [logits.softmax(1), logits.flip(1).softmax(1)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = (
+            entropy_discrepancy(logits), margin_discrepancy(logits), scale_discrepancy(probs)
+        )  # fmt: skip
+    outside = (
+        entropy_discrepancy(logits.float()),
+        margin_discrepancy(logits.float()),
+        scale_discrepancy([p.float() for p in probs]),
+    )
+    for one, other in zip(inside, outside, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
+
+
+def test_discrepancies_of_one_head_at_their_ends() -> None:
+    sure = torch.tensor([1e4, -1e4, 0.0]).reshape(1, 3, 1, 1)
+    tie = torch.zeros(1, 3, 1, 1)
+    assert entropy_discrepancy(sure).item() == margin_discrepancy(sure).item() == 0.0
+    assert entropy_discrepancy(tie).item() == pytest.approx(math.log(3))
+    assert margin_discrepancy(tie).item() == pytest.approx(23 * math.log(2))
+    one, other = sure.softmax(1), sure.flip(1).softmax(1)
+    assert scale_discrepancy([one, one, one]).item() == 0.0
+    assert scale_discrepancy([one, one.roll(1, 1), other]).item() == pytest.approx(math.log(3))
+    smallest = torch.tensor([1.0, 1e-45]).reshape(1, 2, 1, 1)  # its third underflows
+    apart = scale_discrepancy([smallest, torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1)] * 2)
+    assert 0.0 <= apart.item() < 1e-6
+
+
+def test_discrepancies_of_one_head_refuse_what_is_none() -> None:
+    p = torch.full((1, 2, 2, 2), 0.5)
+    for call, expected in [
+        (lambda: scale_discrepancy([p]), "probs: expected at least two scales, got 1"),
+        (lambda: scale_discrepancy([p, p[..., :1]]), r"probs\[1\]: expected shape"),
+        (lambda: scale_discrepancy([p[0], p[0]]), r"probs\[0\]: expected 4 axes"),
+        (lambda: entropy_discrepancy(p[0]), "logits: expected 4 axes"),
+        (lambda: margin_discrepancy(p[:, :1]), "logits: expected at least two classes"),
+    ]:
+        with pytest.raises(TensorArgumentError, match=expected):
+            call()
 
 
 def test_examples_in_the_docstrings() -> None:

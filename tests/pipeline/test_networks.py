@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import rdd_pipeline.networks.torchvision_ops as torchvision_ops
-from rdd_pipeline.config import NetworkConfig
+from rdd_pipeline.config import SmpConfig
 from rdd_pipeline.errors import NetworkError
 from rdd_pipeline.networks import (
     SegmentationNetwork,
@@ -43,7 +43,7 @@ def build(
     auxiliary: dict[str, Any] | None = None,
     **settings: Any,
 ) -> SegmentationNetwork:
-    config = NetworkConfig.model_validate(
+    config = SmpConfig.model_validate(
         {
             "architecture": architecture,
             "encoder": encoder,
@@ -234,7 +234,7 @@ class TestInput:
         assert main.shape == aux.shape
 
     def test_no_auxiliary_head_gives_no_aux_logits(self) -> None:
-        network = build_network(NetworkConfig(architecture="PSPNet", encoder=TINY), 5, 0).eval()
+        network = build_network(SmpConfig(architecture="PSPNet", encoder=TINY), 5, 0).eval()
         assert not network.has_aux
         with torch.no_grad():
             assert network(image(32, 32)).aux is None
@@ -317,7 +317,7 @@ class TestSeed:
         assert weights_hash(build(seed=None)) != first
 
     def test_auxiliary_head_does_not_change_the_main_weights(self) -> None:
-        config = NetworkConfig(architecture="PSPNet", encoder=TINY)
+        config = SmpConfig(architecture="PSPNet", encoder=TINY)
         alone = build_network(config, 5, 0).state_dict()
         both = build(seed=0).state_dict()
         assert set(alone) < set(both)

@@ -188,6 +188,7 @@ def student(names: tuple[str, ...], name: str, miou: float, step_ms: float) -> d
     return result | {
         "name": name,
         "method": ["rdd" if is_rdd else "supervised"],
+        "label": "rdd" if is_rdd else "supervised",
         "in_this_run": True,
         "reused": False,
         "finished": "2026-01-01T00:00:00+00:00",
@@ -195,7 +196,7 @@ def student(names: tuple[str, ...], name: str, miou: float, step_ms: float) -> d
             "network": config.network.model_dump(mode="json"),
             "training": config.training.model_dump(mode="json"),
             "method": ["rdd" if is_rdd else "supervised"],
-            "rdd": {"switch": 0.5, "relation": "xor"} if is_rdd else None,
+            "methods": {"rdd": {"switch": 0.5, "relation": "xor"}} if is_rdd else {},
         },
     }
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,17 +85,21 @@ def test_equal_seeds_give_equal_weights_and_other_seeds_others(
         assert_equal_weights(first.weights, other.weights)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("workers", "method"), [(0, ["rdd"]), (1, ["rdd"]), (0, ["rdd", "cirkd"])])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
-    built: tuple[RunConfig, BuildResult], tmp_path: Path, workers: int
+    built: tuple[RunConfig, BuildResult], tmp_path: Path, workers: int, method: list[str]
 ) -> None:
     """A real SIGKILL of a real ``rdd train``, at some moment after its first checkpoint."""
-    _, maps = built
+    config, maps = built
     tree = tiny_tree(tmp_path / "killed")
     tree["student"]["training"] |= {"iterations": 40, "workers": workers}
+    tree["students"][2]["method"] = method
     rdd = parse_config(tree).students[2]
     whole = parse_config(tree | {"output": str(tmp_path / "whole")})
-    expected = run_student(whole, rdd, maps.path, QUIET)
+    teacher = config.run_dir / "teacher" / "weights.safetensors"
+    expected = run_student(whole, rdd, maps.path, QUIET, teacher)
+    if rdd.needs_teacher:
+        shutil.copytree(teacher.parent, tmp_path / "killed" / "tiny" / "teacher")
 
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tree))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from rdd_pipeline.config import AuxiliaryHead, NetworkConfig
+from rdd_pipeline.config import AuxiliaryHead, SmpConfig
 from rdd_pipeline.errors import CheckpointError
 from rdd_pipeline.networks import (
     SegmentationNetwork,
@@ -27,7 +27,7 @@ from rdd_pipeline.networks import (
     weights_hash,
 )
 
-CONFIG = NetworkConfig(
+CONFIG = SmpConfig(
     architecture="PSPNet",
     encoder="tu-mobilenetv3_small_050",
     auxiliary=AuxiliaryHead(),
@@ -35,9 +35,7 @@ CONFIG = NetworkConfig(
 )
 
 
-def build(
-    seed: int = 0, num_classes: int = 5, config: NetworkConfig = CONFIG
-) -> SegmentationNetwork:
+def build(seed: int = 0, num_classes: int = 5, config: SmpConfig = CONFIG) -> SegmentationNetwork:
     return build_network(config, num_classes, seed)
 
 

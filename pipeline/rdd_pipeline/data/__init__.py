@@ -4,18 +4,37 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rdd_pipeline.config import CamVidData, DataConfig
+from rdd_pipeline.config import (
+    ADE20KData,
+    CamVidData,
+    CityscapesData,
+    COCOStuffData,
+    DataConfig,
+    FolderData,
+    HuggingFaceData,
+    SyntheticData,
+    VOCData,
+)
+from rdd_pipeline.data.ade20k import open_ade20k
 from rdd_pipeline.data.base import (
     IGNORE_INDEX,
     JSON,
+    Examined,
     Progress,
     Sample,
     SegmentationDataset,
     check_dataset,
     dataset_digests,
 )
-from rdd_pipeline.data.camvid import CamVidDataset
+from rdd_pipeline.data.camvid import open_camvid
+from rdd_pipeline.data.cityscapes import open_cityscapes
+from rdd_pipeline.data.cocostuff import open_cocostuff
+from rdd_pipeline.data.folder import open_folder
+from rdd_pipeline.data.huggingface import HuggingFaceDataset
+from rdd_pipeline.data.pairs import FileDataset
+from rdd_pipeline.data.survey import ClassShare, Survey, survey_dataset
 from rdd_pipeline.data.synthetic import SyntheticDataset
+from rdd_pipeline.data.voc import open_voc
 
 
 def build_dataset(config: DataConfig, split: Literal["train", "val"]) -> SegmentationDataset:
@@ -29,28 +48,49 @@ def build_dataset(config: DataConfig, split: Literal["train", "val"]) -> Segment
 
     Raises:
         DataError: Folders or all images are missing; the message shows the expected layout.
+        ConfigError: The data set needs a package that is not installed.
     """
-    if isinstance(config, CamVidData):
-        folder = config.train_split if split == "train" else config.val_split
-        return CamVidDataset(config.root, folder)
-    return SyntheticDataset(
-        split=split,
-        images=config.train_images if split == "train" else config.val_images,
-        height=config.height,
-        width=config.width,
-        seed=config.seed,
-    )
+    match config:
+        case SyntheticData():
+            return SyntheticDataset(
+                split=split,
+                images=config.train_images if split == "train" else config.val_images,
+                height=config.height,
+                width=config.width,
+                seed=config.seed,
+            )
+        case FolderData():
+            return open_folder(config, split)
+        case HuggingFaceData():
+            return HuggingFaceDataset(config, split)
+    name = config.train_split if split == "train" else config.val_split
+    match config:
+        case CamVidData():
+            return open_camvid(config.root, name)
+        case CityscapesData():
+            return open_cityscapes(config.root, name)
+        case VOCData():
+            return open_voc(config.root, name)
+        case ADE20KData():
+            return open_ade20k(config.root, name)
+        case COCOStuffData():
+            return open_cocostuff(config.root, name, config.labels)
 
 
 __all__ = [
     "IGNORE_INDEX",
     "JSON",
-    "CamVidDataset",
+    "ClassShare",
+    "Examined",
+    "FileDataset",
+    "HuggingFaceDataset",
     "Progress",
     "Sample",
     "SegmentationDataset",
+    "Survey",
     "SyntheticDataset",
     "build_dataset",
     "check_dataset",
     "dataset_digests",
+    "survey_dataset",
 ]

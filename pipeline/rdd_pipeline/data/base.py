@@ -21,6 +21,9 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 Progress: TypeAlias = Callable[[int], object]
 """Called with the number of images finished since the last call, always from one thread."""
 
+NO_IMAGES = "there are no images; check the settings under data"
+"""The problem of a split without images."""
+
 _LISTED_PROBLEMS = 20
 
 Result = TypeVar("Result")
@@ -38,6 +41,18 @@ class Sample:
     """Class indices (H, W), 255 where ignored."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Examined:
+    """What there is to say about one image and its label, however damaged."""
+
+    problems: tuple[str, ...] = ()
+    """One line each, naming the file."""
+    size: tuple[int, int] | None = None
+    """Height and width of the image; None where its header cannot be read."""
+    label: NDArray[np.uint8] | None = None
+    """Class indices (H, W); None where the label cannot be used."""
+
+
 class SegmentationDataset(ABC):
     """Images of one split with their labels, in a fixed order.
 
@@ -53,6 +68,8 @@ class SegmentationDataset(ABC):
     """RGB colour of each class, for pictures."""
     image_ids: tuple[str, ...]
     """Names of the images, in index order."""
+    class_weights: tuple[float, ...] | None = None
+    """Customary weight of each class in the cross-entropy; None where there is no custom."""
 
     @property
     def num_classes(self) -> int:
@@ -115,23 +132,26 @@ class SegmentationDataset(ABC):
     def identity(self) -> dict[str, JSON]:
         """What decides the content apart from the images themselves: classes, label mapping."""
 
+    @abstractmethod
+    def examine(self, index: int) -> Examined:
+        """Decode one image and its label to the end and say everything that is wrong with them."""
+
     def problems(self, progress: Progress | None = None) -> list[str]:
         """Everything wrong with the files, one line each, naming the file; empty if all is well.
 
         Every image and label is decoded, in several threads.
         """
-        found = list(self._layout_problems())
-        for lines in _in_threads(self._image_problems, len(self), progress):
+        found = list(self.layout_problems())
+        for lines in in_threads(self._image_problems, len(self), progress):
             found += lines
         return found
 
-    def _layout_problems(self) -> Sequence[str]:
-        """Problems of the data set as a whole."""
+    def layout_problems(self) -> Sequence[str]:
+        """Problems of the data set as a whole, such as labels without an image."""
         return ()
 
-    @abstractmethod
-    def _image_problems(self, index: int) -> list[str]:
-        """Problems of one image and its label."""
+    def _image_problems(self, index: int) -> Sequence[str]:
+        return self.examine(index).problems
 
     def _require_index(self, index: int) -> int:
         if not -len(self) <= index < len(self):
@@ -153,7 +173,7 @@ def check_dataset(dataset: SegmentationDataset, progress: Progress | None = None
     """
     problems = dataset.problems(progress)
     if not len(dataset):
-        problems.insert(0, "there are no images; check the settings under data")
+        problems.insert(0, NO_IMAGES)
     if not problems:
         return
     listed = [f"  {line}" for line in problems[:_LISTED_PROBLEMS]]
@@ -178,10 +198,10 @@ def dataset_digests(
     Raises:
         ImageReadError: A file is missing or cannot be read.
     """
-    return tuple(_in_threads(dataset.digest, len(dataset), progress))
+    return tuple(in_threads(dataset.digest, len(dataset), progress))
 
 
-def _in_threads(
+def in_threads(
     function: Callable[[int], Result], count: int, progress: Progress | None
 ) -> Iterator[Result]:
     """Results of ``function(0..count-1)`` in order; decoding and hashing release the GIL."""

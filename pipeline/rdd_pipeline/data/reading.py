@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from rdd_pipeline.data.base import IGNORE_INDEX
-from rdd_pipeline.errors import DataError, ImageReadError
+from rdd_pipeline.errors import ImageReadError
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 """Suffixes, in lower case, of files taken for images."""
+
+LABEL_SUFFIXES = frozenset({".bmp", ".gif", ".pgm", ".png", ".tif", ".tiff"})
+"""Suffixes, in lower case, of files taken for labels: formats that keep every number."""
 
 # What Pillow raises on damaged files, by format and by where the damage is.
 _DAMAGE = (
@@ -31,14 +37,30 @@ _TIFF_WIDTH, _TIFF_LENGTH = 256, 257
 _ORIENTATIONS_ON_THE_SIDE = (5, 6, 7, 8)
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedImage:
+    """An image file's bytes that lie in memory, as in a table of images."""
+
+    name: str
+    """Where it is from, for messages."""
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Source: TypeAlias = Path | EncodedImage
+"""What an image or label is read from."""
+
+
+def read_image(source: Source) -> NDArray[np.uint8]:
     """Read an image as RGB, turned upright as its EXIF orientation says.
 
     Greyscale is repeated over the channels, 16-bit greyscale keeps its high byte, palettes are
-    resolved and transparency is dropped.
+    resolved, CMYK is converted and transparency is dropped.
 
     Args:
-        path: A file of any format Pillow reads.
+        source: A file of any format Pillow reads.
 
     Returns:
         (H, W, 3) uint8; may be read-only.
@@ -46,49 +68,69 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     Raises:
         ImageReadError: The file is missing, damaged, cut short, or holds 32-bit samples.
     """
-    with _opened(path) as image:
-        upright = image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
-        rgb = _as_rgb(upright)
+    with _opened(source) as image:
+        rgb = _as_rgb(_upright(image))
         if rgb is not None:
             return np.asarray(rgb)
         mode = image.mode
-    raise ImageReadError(f"{path}: expected 8- or 16-bit samples, got mode {mode}; convert it")
+    raise ImageReadError(f"{source}: expected 8- or 16-bit samples, got mode {mode}; convert it")
 
 
-def read_label(path: Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
+def read_label(source: Source) -> NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.int32]:
     """Read a label as the numbers that are in the file.
 
-    Palette images give their indices, not their colours.
+    Palette images give their indices, not their colours. A label is turned only if it has an
+    orientation of its own, whatever that of its image.
 
     Args:
-        path: A greyscale (8- or 16-bit) or palette image.
+        source: A greyscale (8-, 16- or 32-bit) or palette image.
 
     Returns:
-        (H, W), uint8, or uint16 where the file has 16 bits; may be read-only.
+        (H, W), uint8, or uint16 or int32 where the file has more bits; may be read-only.
 
     Raises:
         ImageReadError: The file is missing, damaged or cut short, or is a colour image.
     """
-    with _opened(path) as image:
+    with _opened(source) as image:
         mode = image.mode
         if mode in ("L", "P"):
-            return np.asarray(image, dtype=np.uint8)
+            return np.asarray(_upright(image), dtype=np.uint8)
         if mode == "1":
-            return np.asarray(image).astype(np.uint8)
+            return np.asarray(_upright(image)).astype(np.uint8)
         if mode.startswith("I;16"):
-            return np.asarray(image).astype(np.uint16)
+            return np.asarray(_upright(image)).astype(np.uint16)
+        if mode == "I":
+            return np.asarray(_upright(image), dtype=np.int32)
     raise ImageReadError(
-        f"{path}: expected one class index per pixel (greyscale or palette), got mode {mode}"
+        f"{source}: expected one class index per pixel (greyscale or palette), got mode {mode}; "
+        "labels coded by colour are read with data.type: folder and label_format: colours"
     )
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of the upright image, from the header alone.
+def read_colours(source: Source) -> NDArray[np.uint32]:
+    """Read a label that is coded by colour.
+
+    Args:
+        source: A colour or palette image; transparency is dropped.
+
+    Returns:
+        (H, W), each pixel's colour as 0xRRGGBB.
+
+    Raises:
+        ImageReadError: The file is missing, damaged or cut short.
+    """
+    rgb = read_image(source).astype(np.uint32)
+    high, middle = np.uint32(1 << 16), np.uint32(1 << 8)
+    return rgb[..., 0] * high + rgb[..., 1] * middle + rgb[..., 2]
+
+
+def image_size(source: Source) -> tuple[int, int]:
+    """Height and width of the upright image or label, from the header alone.
 
     Raises:
         ImageReadError: The file is missing or its header is damaged.
     """
-    with _opened(path) as image:
+    with _opened(source) as image:
         width, height = image.size
         if isinstance(image, TiffImageFile):  # its size may have been turned already, or not
             width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_LENGTH]
@@ -96,73 +138,41 @@ def image_size(path: Path) -> tuple[int, int]:
     return (width, height) if sideways else (height, width)
 
 
-def label_size(path: Path) -> tuple[int, int]:
-    """Height and width of a label, from the header alone; labels have no orientation.
+def pair_digest(image: Source, label: Source) -> str:
+    """SHA-256, as hex, of the image file's bytes followed by the label file's bytes.
 
     Raises:
-        ImageReadError: The file is missing or its header is damaged.
+        ImageReadError: A file is missing or cannot be read.
     """
-    with _opened(path) as image:
-        width, height = image.size
-    return height, width
-
-
-class LabelMap:
-    """Maps the numbers in label files to classes.
-
-    Args:
-        mapping: Number in the file to class index, or to 255 for ignored. Numbers that are not
-            named are errors in the data.
-    """
-
-    def __init__(self, mapping: Mapping[int, int]) -> None:
-        self.mapping = dict(mapping)
-        # Numbers without a class get a value that no class has.
-        self._unknown = next(value for value in range(256) if value not in self.mapping.values())
-        self._table = np.full(1 << 16, self._unknown, dtype=np.uint8)
-        for number, class_index in self.mapping.items():
-            self._table[number] = class_index
-        self._bytes = self._table[:256].tobytes()
-
-    def apply(self, label: NDArray[np.uint8] | NDArray[np.uint16], path: Path) -> NDArray[np.uint8]:
-        """Class indices (H, W) of the numbers of a file.
-
-        Raises:
-            DataError: The file has numbers that are no class; names the file and the numbers.
-        """
-        if label.dtype == np.uint8:  # several times faster than indexing the table
-            translated = label.tobytes().translate(self._bytes)
-            mapped = np.frombuffer(translated, dtype=np.uint8).reshape(label.shape)
-        else:
-            mapped = self._table.take(label)
-        wrong = mapped == self._unknown
-        if wrong.any():
-            numbers, counts = np.unique(label[wrong], return_counts=True)
-            shown = ", ".join(str(number) for number in numbers[:8])
-            more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
-            raise DataError(
-                f"{path}: label values {shown}{more} ({counts.sum()} pixels) are outside the "
-                f"classes; expected {self._expected()}"
-            )
-        return mapped
-
-    def _expected(self) -> str:
-        classes = sorted(n for n, c in self.mapping.items() if c != IGNORE_INDEX)
-        ignored = sorted(n for n, c in self.mapping.items() if c == IGNORE_INDEX)
-        ends = f"{classes[0]} to {classes[-1]}"
-        return f"{ends}, or {' or '.join(map(str, ignored))} for ignored" if ignored else ends
+    digest = hashlib.sha256()
+    for source in (image, label):
+        if isinstance(source, EncodedImage):
+            digest.update(source.data)
+            continue
+        try:
+            digest.update(source.read_bytes())
+        except OSError as error:
+            raise ImageReadError(f"{source}: cannot be read ({error.strerror})") from error
+    return digest.hexdigest()
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(source: Source) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
+        # Not by its path: Pillow would map TIFF files into memory and then turn them wrongly.
+        with (
+            io.BytesIO(source.data)
+            if isinstance(source, EncodedImage)
+            else source.open("rb") as file,
+            Image.open(file) as image,
+        ):
             yield image
     except FileNotFoundError as error:
-        raise ImageReadError(f"{path}: no such file") from error
+        raise ImageReadError(f"{source}: no such file") from error
     except _DAMAGE as error:
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise ImageReadError(
-            f"{path}: cannot be read as an image ({error}); replace the file"
+            f"{source}: cannot be read as an image ({reason}); replace the file"
         ) from error
 
 
@@ -171,6 +181,10 @@ def _orientation(image: Image.Image) -> int:
     if image.format == "PNG" and "exif" not in image.info:
         return 1
     return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image | None:

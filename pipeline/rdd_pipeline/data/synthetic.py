@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from rdd_pipeline.data.base import JSON, Sample, SegmentationDataset
+from rdd_pipeline.data.base import JSON, Examined, Sample, SegmentationDataset
 from rdd_pipeline.data.scenes import CLASS_NAMES, PALETTE, draw_scene
 from rdd_pipeline.errors import ConfigError
 
@@ -98,5 +99,9 @@ class SyntheticDataset(SegmentationDataset):
             "size": [self._height, self._width],
         }
 
-    def _image_problems(self, index: int) -> list[str]:
-        return []  # drawn, not read
+    def examine(self, index: int) -> Examined:
+        """Draw a scene; there is nothing to be wrong with it."""
+        return Examined(size=self.size(index), label=self[index].label)
+
+    def _image_problems(self, index: int) -> Sequence[str]:
+        return ()  # drawn, not read: a check before a run need not draw it

@@ -6,10 +6,11 @@ of the logits, F channels of an encoder stage.
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,8 @@ class SegmentationNetwork(nn.Module, ABC):
 
     mean: Tensor
     std: Tensor
+    name_prefix = ""
+    """What stands before a library's own names of tensors in the state dict."""
 
     def __init__(
         self, *, num_classes: int, divisor: int, mean: Sequence[float], std: Sequence[float]
@@ -111,6 +114,11 @@ class SegmentationNetwork(nn.Module, ABC):
         self.unused_parameters: frozenset[str] = frozenset()
         """Names of the parameters that influence no logits, such as those of encoder stages
         beyond the depth used; frozen, so that distributed training does not wait for them."""
+        self.auxiliary_parameters: frozenset[str] = frozenset()
+        """Names of the parameters that influence the auxiliary logits alone: that head."""
+        self._head_alone = False
+        self.pretrained_whole = False
+        """Whether every layer was loaded from pretrained weights of these very classes."""
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -173,6 +181,47 @@ class SegmentationNetwork(nn.Module, ABC):
         padded_height, padded_width = self._padded_size(height, width)
         return padded_height // self.output_stride, padded_width // self.output_stride
 
+    def auxiliary_tensors(self) -> frozenset[str]:
+        """Names in the state dict that belong to the auxiliary head, its statistics included."""
+        modules = self._auxiliary_modules()
+        return frozenset(
+            name for name in self.state_dict() if any(name.startswith(f"{m}.") for m in modules)
+        )
+
+    def train_auxiliary_head_alone(self) -> None:
+        """Freeze everything else, for good: weights, and statistics of batch norms.
+
+        Raises:
+            NetworkError: There is no auxiliary head.
+        """
+        if not self.auxiliary_parameters:
+            raise NetworkError("the network has no auxiliary head that could be trained alone")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in self.auxiliary_parameters)
+        self._head_alone = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's; where the auxiliary head is trained alone, the rest stays in evaluation."""
+        super().train(mode)
+        if mode and self._head_alone:
+            modules = self._auxiliary_modules()
+            for name, module in self.named_modules():
+                if not any(name == m or name.startswith(f"{m}.") for m in modules):
+                    module.training = False
+            self.training = True
+        return self
+
+    def _auxiliary_modules(self) -> list[str]:
+        """Names of the modules that hold parameters of the auxiliary head and no others."""
+        return [
+            name
+            for name, module in self.named_modules()
+            if name
+            and (inside := [f"{name}.{p}" for p, _ in module.named_parameters()])
+            and self.auxiliary_parameters.issuperset(inside)
+        ]
+
     def measure(self) -> None:
         """Run the network once to find its output stride, and prepare it for training.
 
@@ -188,12 +237,17 @@ class SegmentationNetwork(nn.Module, ABC):
         training = self.training
         self.eval()
         try:
-            main, gradients, pooled = self._probe(list(named.values()))
+            main, gradients, main_gradients, pooled = self._probe(list(named.values()))
         finally:
             self.train(training)
         self._set_output_stride(main)
         self.unused_parameters = frozenset(
             name for name, gradient in zip(named, gradients, strict=True) if gradient is None
+        )
+        self.auxiliary_parameters = frozenset(
+            name
+            for name, gradient in zip(named, main_gradients, strict=True)
+            if gradient is None and name not in self.unused_parameters
         )
         for name in self.unused_parameters:
             named[name].requires_grad_(False)
@@ -204,8 +258,10 @@ class SegmentationNetwork(nn.Module, ABC):
 
     def _probe(
         self, parameters: list[nn.Parameter]
-    ) -> tuple[Tensor, Sequence[Tensor | None], list[str]]:
-        """Main logits, gradients of the parameters, names of batch norms behind a pooling."""
+    ) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None], list[str]]:
+        """Main logits; the parameters' gradients of all logits, and of the main ones; names of
+        batch norms behind a pooling.
+        """
         first_error: Exception | None = None
         for divisor in [self.divisor * factor for factor in (1, 2, 4, 8)]:
             try:
@@ -213,13 +269,18 @@ class SegmentationNetwork(nn.Module, ABC):
                     self.raw_logits(torch.zeros(1, 3, divisor, divisor))
                 with torch.enable_grad(), self._noting_pooled() as pooled:
                     main, aux = self.raw_logits(torch.zeros(1, 3, *_probe_size(divisor)))
-                    total = main.sum() if aux is None else main.sum() + aux.sum()
-                    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+                    of_main = torch.autograd.grad(
+                        main.sum(), parameters, allow_unused=True, retain_graph=True
+                    )
+                    gradients = of_main
+                    if aux is not None:
+                        total = main.sum() + aux.sum()
+                        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
             except Exception as error:
                 first_error = first_error or error
                 continue
             self.divisor = divisor
-            return main.detach(), gradients, pooled
+            return main.detach(), gradients, of_main, pooled
         raise NetworkError(
             f"does not run on images of multiples of {self.divisor} pixels: "
             f"{first_line(first_error)}"
@@ -281,6 +342,22 @@ class SegmentationNetwork(nn.Module, ABC):
 
     def _padded_size(self, height: int, width: int) -> tuple[int, int]:
         return -(-height // self.divisor) * self.divisor, -(-width // self.divisor) * self.divisor
+
+
+def remove_upsampling(head: nn.Module) -> None:
+    """Replace the upsampling layers of a head, so that its logits stay at their own stride."""
+    for name, module in list(head.named_modules()):
+        if isinstance(module, nn.Upsample | nn.UpsamplingBilinear2d):
+            head.set_submodule(name, nn.Identity())
+
+
+def suggest(name: str, valid: Iterable[str]) -> str:
+    """The nearest valid names, or some of them where none is near."""
+    by_lower = {candidate.lower(): candidate for candidate in sorted(valid)}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {', '.join(by_lower[candidate] for candidate in near)}?"
+    return f"valid names: {', '.join(list(by_lower.values())[:20])}"
 
 
 def _probe_size(divisor: int) -> tuple[int, int]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,9 +15,16 @@ import segmentation_models_pytorch as smp
 import timm
 from segmentation_models_pytorch.decoders.dpt.decoder import DPTSegmentationHead
 
-from rdd_pipeline.config import AuxiliaryHead, NetworkConfig
+from rdd_pipeline.config import AuxiliaryHead, SmpConfig
 from rdd_pipeline.errors import NetworkError
-from rdd_pipeline.networks.base import FCNHead, SegLogits, SegmentationNetwork, first_line
+from rdd_pipeline.networks.base import (
+    FCNHead,
+    SegLogits,
+    SegmentationNetwork,
+    first_line,
+    remove_upsampling,
+    suggest,
+)
 
 _ARCHITECTURES: dict[str, type[nn.Module]] = {
     architecture.__name__: architecture for architecture in smp.MODEL_ARCHITECTURES_MAPPING.values()
@@ -51,7 +56,7 @@ class SmpNetwork(SegmentationNetwork):
     decoder: nn.Module
     segmentation_head: nn.Module
 
-    def __init__(self, model: Any, config: NetworkConfig, num_classes: int) -> None:
+    def __init__(self, model: Any, config: SmpConfig, num_classes: int) -> None:
         super().__init__(
             num_classes=num_classes,
             divisor=model.encoder.output_stride,
@@ -133,7 +138,7 @@ class SmpNetwork(SegmentationNetwork):
             )
 
 
-def build_smp(config: NetworkConfig, num_classes: int) -> SmpNetwork:
+def build_smp(config: SmpConfig, num_classes: int) -> SmpNetwork:
     """Build a network of segmentation-models-pytorch.
 
     Raises:
@@ -144,7 +149,7 @@ def build_smp(config: NetworkConfig, num_classes: int) -> SmpNetwork:
     if architecture is None:
         raise NetworkError(
             f"network.architecture: segmentation_models_pytorch has no '{config.architecture}'; "
-            + _suggest(config.architecture, _ARCHITECTURES)
+            + suggest(config.architecture, _ARCHITECTURES)
         )
     _check_encoder(config.encoder)
     arguments = _arguments(architecture, config)
@@ -173,7 +178,7 @@ def build_smp(config: NetworkConfig, num_classes: int) -> SmpNetwork:
         raise NetworkError(f"{label}: {error}{hint}") from error.__cause__
 
 
-def _arguments(architecture: type[nn.Module], config: NetworkConfig) -> dict[str, Any]:
+def _arguments(architecture: type[nn.Module], config: SmpConfig) -> dict[str, Any]:
     """Constructor arguments but ``classes`` and ``encoder_weights``."""
     # smp drops unknown arguments silently unless the encoder is timm's, which checks its own.
     known = set(inspect.signature(architecture).parameters) - {"kwargs", *_RESERVED}
@@ -183,7 +188,7 @@ def _arguments(architecture: type[nn.Module], config: NetworkConfig) -> dict[str
         if name not in known and not config.encoder.startswith("tu-"):
             raise NetworkError(
                 f"network.options.{name}: {config.architecture} has no such argument; "
-                + _suggest(name, known)
+                + suggest(name, known)
             )
     arguments = {"encoder_name": config.encoder, "in_channels": 3, **config.options}
     if config.output_stride is not None:
@@ -198,7 +203,7 @@ def _check_encoder(encoder: str) -> None:
         if not timm.is_model(name):
             raise NetworkError(
                 f"network.encoder: timm has no '{name}'; "
-                + _suggest(encoder, [f"tu-{model}" for model in timm.list_models()])
+                + suggest(encoder, [f"tu-{model}" for model in timm.list_models()])
             )
         return
     names = smp.encoders.get_encoder_names()
@@ -206,11 +211,11 @@ def _check_encoder(encoder: str) -> None:
     if encoder not in names and not encoder.startswith("timm-"):
         raise NetworkError(
             f"network.encoder: segmentation_models_pytorch has no '{encoder}'; "
-            + _suggest(encoder, [*names, *(f"tu-{model}" for model in timm.list_models())])
+            + suggest(encoder, [*names, *(f"tu-{model}" for model in timm.list_models())])
         )
 
 
-def _encoder_weights(config: NetworkConfig) -> str | bool | None:
+def _encoder_weights(config: SmpConfig) -> str | bool | None:
     """The value smp expects: a name for its own encoders, a flag for timm's."""
     name = config.encoder_weights
     if name is None:
@@ -228,7 +233,7 @@ def _encoder_weights(config: NetworkConfig) -> str | bool | None:
     if known and name not in known:
         raise NetworkError(
             f"network.encoder_weights: encoder '{config.encoder}' has no weights '{name}'; "
-            + _suggest(name, known)
+            + suggest(name, known)
         )
     return name
 
@@ -257,17 +262,6 @@ def _auxiliary_stage(channels: list[int], auxiliary: AuxiliaryHead) -> tuple[int
 
 
 def _remove_upsampling(head: nn.Module) -> None:
-    for name, module in list(head.named_modules()):
-        if isinstance(module, nn.Upsample | nn.UpsamplingBilinear2d):
-            head.set_submodule(name, nn.Identity())
+    remove_upsampling(head)
     if isinstance(head, DPTSegmentationHead):  # calls interpolate itself
         head.upsampling_factor = 1
-
-
-def _suggest(name: str, valid: Iterable[str]) -> str:
-    """The nearest valid names, or some of them where none is near."""
-    by_lower = {candidate.lower(): candidate for candidate in sorted(valid)}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
-    if near:
-        return f"did you mean {', '.join(by_lower[candidate] for candidate in near)}?"
-    return f"valid names: {', '.join(list(by_lower.values())[:20])}"

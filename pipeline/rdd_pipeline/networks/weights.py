@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import os
 import pickle
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,15 @@ from torch import Tensor
 
 from rdd_pipeline.errors import CheckpointError
 from rdd_pipeline.networks.base import SegmentationNetwork, first_line
+from rdd_pipeline.networks.layouts import rename
 
 _WRAPPER_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "network", "net")
 _PREFIXES = ("module.", "_orig_mod.")
 _LISTED = 10
+_SINGLE_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+# How the names of auxiliary heads begin in the networks that may or may not have one.
+_AUXILIARY = ("auxiliary_head.", "aux_classifier.")
 
 
 def save_weights(network: torch.nn.Module, path: Path) -> None:
@@ -66,18 +72,58 @@ def save_weights(network: torch.nn.Module, path: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def checkpoint_files(path: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors: itself, or those of a folder.
+
+    A folder holds ``model.safetensors``, or ``model.safetensors.index.json`` and the shards that
+    it names.
+
+    Raises:
+        CheckpointError: The folder holds neither, the index is damaged, or a shard is missing.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    if (path / _SINGLE_FILE).is_file():
+        return [path / _SINGLE_FILE]
+    index = path / _INDEX_FILE
+    if not index.is_file():
+        raise CheckpointError(
+            f"{path}: cannot be read (Is a directory without {_SINGLE_FILE} or {_INDEX_FILE}); "
+            "give a file of weights, or a folder with one of these"
+        )
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index}: expected JSON with a weight_map from tensors to files "
+            f"({type(error).__name__}); copy or save it again"
+        ) from error
+    missing = [
+        shard for shard in shards if Path(shard).name != shard or not (path / shard).exists()
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{index}: names {len(missing)} of {len(shards)} files that are not in its folder: "
+            f"{_listing(missing)}; copy them too"
+        )
+    return [path / shard for shard in shards]
+
+
 def load_state(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint to the CPU.
 
     The content decides the format: safetensors, or a checkpoint of torch (not under the name
     ``.safetensors``), read with ``weights_only=True``. A dictionary under ``state_dict``,
     ``model`` and the like is taken out, and the prefixes of data-parallel and compiled modules
-    are removed.
+    are removed. Of a folder the files of :func:`checkpoint_files` are read.
 
     Raises:
-        CheckpointError: The file is missing, damaged, would run code, or holds no weights.
+        CheckpointError: A file is missing, damaged, would run code, or holds no weights.
     """
     path = Path(path)
+    if path.is_dir():
+        return {name: t for file in checkpoint_files(path) for name, t in load_state(file).items()}
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -95,20 +141,61 @@ def load_state(path: Path) -> dict[str, Tensor]:
     )
 
 
-def load_weights(network: SegmentationNetwork, path: Path) -> None:
-    """Load weights into a network; every tensor must be there and fit.
+def load_weights(
+    network: SegmentationNetwork,
+    path: Path,
+    *,
+    layout: str = "native",
+    strict: bool = True,
+    may_lack: Collection[str] = (),
+) -> list[str]:
+    """Load weights into a network; every tensor must be there and fit, unless told otherwise.
+
+    Args:
+        network: Keeps its weights where this fails.
+        path: A file (:func:`load_state`), or a folder of :func:`checkpoint_files`.
+        layout: ``native``, the network's own names with or without what stands before them in
+            its state dict; or a code base of :mod:`rdd_pipeline.networks.layouts`.
+        strict: False loads the tensors that fit in name and shape, at least one.
+        may_lack: Names that need not be there, such as those of a head that is to be trained.
+
+    Returns:
+        Lines that say what was not loaded; none where everything was.
 
     Raises:
-        CheckpointError: The file cannot be used (:func:`load_state`), is of another number of
-            classes, or its names and shapes differ from the network's; then the network keeps
-            its weights.
+        CheckpointError: The file cannot be used, is of another number of classes (unless not
+            ``strict``), or its names and shapes differ from the network's.
     """
     path = Path(path)
-    state = load_state(path)
+    read_folder = getattr(network, "read_folder", None)
+    state = read_folder(path) if read_folder is not None and path.is_dir() else load_state(path)
     expected = network.state_dict()
-    _check_classes(network, expected, state, path)
-    _check_names(network, expected, state, path)
-    network.load_state_dict(state)
+    if layout != "native":
+        state = rename(state, layout, path)
+    elif state.keys().isdisjoint(expected):
+        prefixed = {network.name_prefix + name: tensor for name, tensor in state.items()}
+        state = state if prefixed.keys().isdisjoint(expected) else prefixed
+    if strict:
+        _check_classes(network, expected, state, path)
+    wanted = {n: tensor for n, tensor in expected.items() if n in state or n not in may_lack}
+    differences = _differences(wanted, state)
+    if differences and strict:
+        lines = [f"{path}: the checkpoint does not fit the network", *differences]
+        advice = (
+            f"Give its folder, {path.parent}, which the network's library reads by itself"
+            if read_folder is not None and (path.parent / "config.json").exists()
+            else _advice(expected, state)
+        )
+        raise CheckpointError("\n".join([*lines, f"  {advice}"]))
+    fitting = {
+        name: tensor
+        for name, tensor in state.items()
+        if name in expected and tensor.shape == expected[name].shape
+    }
+    if not fitting:
+        raise CheckpointError("\n".join([f"{path}: not one tensor fits the network", *differences]))
+    network.load_state_dict(fitting, strict=False)
+    return differences
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
@@ -208,42 +295,42 @@ def _check_classes(
         found, wanted = state[name].shape, expected[name].shape
         if len(found) == len(wanted) and found[0] != wanted[0] and found[1:] == wanted[1:]:
             raise CheckpointError(
-                f"{path}: checkpoint has {found[0]} classes, data set has "
-                f"{network.num_classes} ('{name}'); use a checkpoint trained on these classes"
+                # Networks of masks have one class more, for no object.
+                f"{path}: checkpoint has {found[0] - wanted[0] + network.num_classes} classes, "
+                f"data set has {network.num_classes} ('{name}'); use a checkpoint trained on "
+                "these classes"
             )
 
 
-def _check_names(
-    network: SegmentationNetwork,
-    expected: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    path: Path,
-) -> None:
-    missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected]
+def _differences(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """One line for each way in which names and shapes differ."""
+    missing, unexpected = _missing(expected, state), _missing(state, expected)
     shapes = [
         f"{name} (checkpoint {list(state[name].shape)}, network {list(expected[name].shape)})"
         for name in expected
         if name in state and state[name].shape != expected[name].shape
     ]
-    if not (missing or unexpected or shapes):
-        return
-    lines = [f"{path}: the checkpoint does not fit the network"]
+    lines = []
     if missing:
         lines.append(f"  {len(missing)} missing: {_listing(_with_nearest(missing, unexpected))}")
     if unexpected:
         lines.append(f"  {len(unexpected)} unexpected: {_listing(unexpected)}")
     if shapes:
         lines.append(f"  {len(shapes)} of another shape: {_listing(shapes)}")
-    if missing and all(name.startswith("auxiliary_head.") for name in missing):
-        lines.append(
-            "  It has no auxiliary head: train one, or leave out the network's 'auxiliary'"
-        )
-    elif unexpected and all(name.startswith("auxiliary_head.") for name in unexpected):
-        lines.append("  It has an auxiliary head: add 'auxiliary: {}' to the network")
-    else:
-        lines.append("  Check the network's architecture, encoder and options")
-    raise CheckpointError("\n".join(lines))
+    return lines
+
+
+def _advice(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    missing, unexpected = _missing(expected, state), _missing(state, expected)
+    if missing and all(name.startswith(_AUXILIARY) for name in missing):
+        return "It has no auxiliary head: train one, or leave out the network's 'auxiliary'"
+    if not missing and unexpected and all(name.startswith(_AUXILIARY) for name in unexpected):
+        return "It has an auxiliary head: add 'auxiliary: true' to the network"
+    return "Check the network's architecture, encoder and options"
+
+
+def _missing(wanted: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in wanted if name not in there]
 
 
 def _with_nearest(missing: list[str], unexpected: list[str]) -> list[str]:

@@ -21,6 +21,18 @@ _TERMS = {
     "tfe": "stage 1 (TFE)",
     "tse": "stage 2 (TSE)",
     "kd": "logit distillation",
+    "cwd": "CWD",
+    "dist": "DIST",
+    "skd": "SKD",
+    "cwd_features": "CWD on features",
+    "skd_features": "SKD on features",
+    "at": "AT",
+    "ifvd": "IFVD",
+    "dsd_pixel": "DSD, pixels",
+    "dsd_category": "DSD, categories",
+    "cirkd_minibatch": "CIRKD, batch",
+    "cirkd_pixel": "CIRKD, remembered pixels",
+    "cirkd_region": "CIRKD, remembered regions",
 }
 _SHARES = {
     "relative": "trained on in stage 2",
@@ -103,7 +115,7 @@ def network_rows(results: Mapping[str, Any]) -> tuple[NetworkRow, ...]:
             _row(
                 student,
                 name=student["name"],
-                method="+".join(student["method"]),
+                method=student["label"],
                 network=student["settings"]["network"],
                 source=source,
                 baseline=_baseline(student, results["students"]),
@@ -147,7 +159,7 @@ def diagnostics(results: Mapping[str, Any]) -> tuple[Diagnostics, ...]:
     """How the two stages went, for each student that has such figures."""
     found = []
     for number, student in enumerate(results["students"]):
-        rdd = student["settings"].get("rdd")
+        rdd = student["settings"]["methods"].get("rdd")
         if rdd is None:
             continue
         shares = _SHARES | {"relative": _relation_label(rdd["relation"])}
@@ -186,7 +198,7 @@ def _chart(
     if not lines:
         return None
     settings = network.get("settings", {})
-    rdd = settings.get("rdd")
+    rdd = settings.get("methods", {}).get("rdd")
     return line_chart(
         title,
         lines,
@@ -239,7 +251,7 @@ def _row(
     return NetworkRow(
         name=name,
         method=method,
-        network=f"{network['architecture']} {network['encoder']}",
+        network=_network_label(network),
         miou=result["metrics"]["miou"],
         pixel_accuracy=result["metrics"]["pixel_accuracy"],
         iterations=result.get("iterations"),
@@ -252,6 +264,12 @@ def _row(
         parameters=result.get("parameters"),
         source=source,
     )
+
+
+def _network_label(network: Mapping[str, Any]) -> str:
+    """What a network is, in the words of its type's configuration."""
+    keys = ("architecture", "encoder", "model", "factory")
+    return " ".join(str(network[key]) for key in keys if key in network)
 
 
 def _baseline(

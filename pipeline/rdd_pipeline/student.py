@@ -1,0 +1,96 @@
+"""A student made ready for training: network, loss, stream, and where the teacher's signals come
+from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rdd_pipeline.config import RunConfig, StudentConfig
+from rdd_pipeline.data import SegmentationDataset
+from rdd_pipeline.features import FeatureTaps, TappedStudent
+from rdd_pipeline.live_teacher import LiveTeacher
+from rdd_pipeline.methods import build_loss, live_needs, map_needs, tapped, taps_of
+from rdd_pipeline.networks import SegmentationNetwork, build_network
+from rdd_pipeline.signals import SignalDecoder
+from rdd_pipeline.stream import MapStream
+from rdd_pipeline.teacher_views import TeacherViews
+from rdd_pipeline.trainer import Loss, Signals
+from rdd_storage import MapReader
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedStudent:
+    """What :func:`rdd_pipeline.trainer.train` takes."""
+
+    model: SegmentationNetwork | TappedStudent
+    loss: Loss
+    stream: MapStream
+    signals: Signals
+
+
+def prepare_student(
+    config: RunConfig,
+    student: StudentConfig,
+    dataset: SegmentationDataset,
+    *,
+    reader: MapReader | None,
+    teacher: SegmentationNetwork | None,
+    digests: Sequence[str] | None = None,
+    start: SegmentationNetwork | None = None,
+) -> PreparedStudent:
+    """Build the student and everything its methods need.
+
+    Args:
+        config: The run.
+        student: One of its students.
+        dataset: Images and labels to train on.
+        reader: The map store; needed where :attr:`StudentConfig.needs_maps`.
+        teacher: The teacher with its weights; needed where :attr:`StudentConfig.needs_teacher`.
+        digests: Of the data set's images, if they are known already.
+        start: The network to train, with the weights to begin from; None builds it.
+
+    Raises:
+        NetworkError: The network cannot be built, or a feature tap does not exist.
+        StoreMismatchError: The store does not fit the data set.
+    """
+    training, seed = config.student_training(student), config.student_seed(student)
+    network = start
+    if network is None:
+        network = build_network(config.student_network(student), dataset.num_classes, seed=seed)
+    grid_size = network.grid_size(*training.crop_size)
+    decoder = SignalDecoder(None if reader is None else reader.schema.hardness_bits)
+    signals: Signals = decoder
+    model: SegmentationNetwork | TappedStudent = network
+    channels: tuple[int, ...] = ()
+    if teacher is not None:
+        _, taps = taps_of(student)
+        channels = FeatureTaps(teacher, taps).channels()
+        model = tapped(network, student, channels, seed=seed)
+        signals = LiveTeacher(
+            TeacherViews(teacher, config.maps.discrepancy, config.maps.scales),
+            needs=live_needs(student, has_aux=network.has_aux),
+            grid_size=grid_size,
+            taps=taps,
+            precision=training.precision,
+            decoder=decoder,
+        )
+    stream = MapStream(
+        dataset=dataset,
+        reader=reader,
+        crop_size=training.crop_size,
+        scale=training.scale,
+        flip=training.flip,
+        seed=seed,
+        length=training.iterations * training.batch_size * int(os.environ.get("WORLD_SIZE", "1")),
+        needs=map_needs(
+            student, has_aux=network.has_aux, arrays=() if reader is None else reader.arrays
+        ),
+        grid_size=grid_size,
+        mark_padding=teacher is not None,
+        digests=digests,
+    )
+    loss = build_loss(student, training, num_classes=dataset.num_classes, teacher_channels=channels)
+    return PreparedStudent(model=model, loss=loss, stream=stream, signals=signals)
