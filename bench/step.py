@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 
-from rdd_pipeline.config import RunConfig, StudentConfig, load_config
+from rdd_pipeline.config import RunConfig, StudentConfig, load_config, without_pretrained
 from rdd_pipeline.data import build_dataset
+from rdd_pipeline.export import WEIGHTS_FILE
 from rdd_pipeline.networks import build_network, load_weights
-from rdd_pipeline.stages import WEIGHTS_FILE, resolve_device
+from rdd_pipeline.stages import resolve_device
 from rdd_pipeline.stream import make_loader
 from rdd_pipeline.student import prepare_student
 from rdd_storage import MapReader, find_store
@@ -37,7 +38,7 @@ def steps(config: RunConfig, student: StudentConfig, store: str) -> Iterator[flo
     device = resolve_device(config.device)
     teacher = None
     if student.needs_teacher:
-        teacher = build_network(config.teacher.network, dataset.num_classes)
+        teacher = build_network(without_pretrained(config.teacher.network), dataset.num_classes)
         load_weights(teacher, config.run_dir / "teacher" / WEIGHTS_FILE)
     prepared = prepare_student(
         config,

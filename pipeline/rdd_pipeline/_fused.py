@@ -102,7 +102,7 @@ def _forward_op(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tens
     loss_BHW = torch.empty(target.shape, dtype=logits.dtype, device=logits.device)
     lse_BHW = torch.empty_like(loss_BHW)
     with torch.autocast(logits.device.type, enabled=False):
-        for band, at in _Bands(logits, target.shape[1], target.shape[2]):
+        for band, at in Bands(logits, target.shape[1], target.shape[2]):
             logit_of_target = band.gather(1, class_BHW[at].unsqueeze(1).long())
             # In place, because a new band each time costs more in page faults than in arithmetic.
             largest = band.amax(1, keepdim=True)
@@ -125,7 +125,7 @@ def _backward_op(
         # The transposed interpolation as two products: no atomics, so the same bits every time.
         rows_hH = _matrix(H, h, logits).T.contiguous()
         grad_BChW = logits.new_zeros((*logits.shape[:3], W))
-        for band, at in _Bands(logits, H, W):
+        for band, at in Bands(logits, H, W):
             grad_band = grad_BHW[at].unsqueeze(1)
             # d CE / d logit = softmax - one at the label's class
             band.sub_(lse[at].unsqueeze(1)).exp_().mul_(grad_band)
@@ -163,7 +163,7 @@ def _gradient(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, N
 _forward_op.register_autograd(_gradient, setup_context=_save)
 
 
-class _Bands:
+class Bands:
     """Upsampled logits, band by band, in one workspace: a band is overwritten by the next."""
 
     def __init__(self, logits_BChw: Tensor, H: int, W: int) -> None:

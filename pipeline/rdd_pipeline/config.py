@@ -474,6 +474,8 @@ class RDDConfig(Model):
     """Least number of hard pixels in a batch: a count, or a fraction of its pixels."""
     relation: Literal["xor", "or", "and", "student"] = "xor"
     """Which of the teacher's and the student's hard pixels are trained on."""
+    class_weights: bool = False
+    """Weight the second stage's mean by the class weights that the data set gives."""
 
 
 class KDConfig(Model):

@@ -36,8 +36,8 @@ from rdd_pipeline._fidelity_figures import (
     Quality,
     ScaleRange,
 )
-from rdd_pipeline.build import store_identity
-from rdd_pipeline.config import RunConfig, StudentConfig
+from rdd_pipeline.build import pass_options, store_identity
+from rdd_pipeline.config import RunConfig, StudentConfig, without_pretrained
 from rdd_pipeline.data import IGNORE_INDEX, SegmentationDataset
 from rdd_pipeline.data.geometry import (
     AXES,
@@ -209,7 +209,7 @@ def measure_fidelity(
         raise ConfigError(f"crops: expected at least 1, got {crops}")
     training = config.student_training(student)
     reader = MapReader(store)
-    network = build_network(config.teacher.network, dataset.num_classes)
+    network = build_network(without_pretrained(config.teacher.network), dataset.num_classes)
     load_weights(network, weights)
     needs = _stored_needs(reader)
     grid_size = network.grid_size(*training.crop_size)
@@ -234,7 +234,9 @@ def measure_fidelity(
     views = TeacherViews(network, config.maps.discrepancy, config.maps.scales)
     precision = config.maps.precision
     on_crop = LiveTeacher(views, needs=needs, grid_size=grid_size, precision=precision)
-    whole = _WholeImageTeacher(views, needs, grid_size, precision, device)
+    # As the pass of this store looks at whole images: in windows, averaged.
+    as_stored = pass_options(config.maps).views(network)
+    whole = _WholeImageTeacher(as_stored, needs, grid_size, precision, device)
     decode = SignalDecoder(reader.schema.hardness_bits)
     tally = FidelityTally(
         class_names=dataset.class_names,

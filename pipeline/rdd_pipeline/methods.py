@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdd_pipeline.config import FEATURE_METHODS, StudentConfig, TrainingConfig
+from rdd_pipeline.errors import ConfigError
 from rdd_pipeline.features import StudentOutputs, TappedStudent
 from rdd_pipeline.losses import (
     CIRKDMemory,
@@ -80,6 +82,7 @@ def build_loss(
     training: TrainingConfig,
     *,
     num_classes: int,
+    class_weights: Sequence[float] | None = None,
     teacher_channels: Sequence[int] = (),
 ) -> CombinedLoss:
     """The loss of a student's methods.
@@ -88,6 +91,8 @@ def build_loss(
         student: Methods and their settings.
         training: Weight of the auxiliary head, and the number of iterations for the schedule.
         num_classes: Classes of the data set.
+        class_weights: One for each class, for ``rdd.class_weights``; None where the data set has
+            none.
         teacher_channels: Channels of the teacher's features by tap; needed for ``cirkd``.
 
     Raises:
@@ -99,7 +104,7 @@ def build_loss(
             added.append(_CIRKD(student, num_classes, teacher_channels[-1]))
         elif name in _METHODS:
             added.append(_METHODS[name](student, num_classes))
-    return CombinedLoss(_task_loss(student, training), added)
+    return CombinedLoss(_task_loss(student, training, class_weights), added)
 
 
 def map_needs(student: StudentConfig, *, has_aux: bool, arrays: Sequence[str]) -> frozenset[Need]:
@@ -148,9 +153,16 @@ def tapped(
     return TappedStudent(network, taps, project, seed=seed)
 
 
-def _task_loss(student: StudentConfig, training: TrainingConfig) -> nn.Module:
+def _task_loss(
+    student: StudentConfig, training: TrainingConfig, class_weights: Sequence[float] | None
+) -> nn.Module:
     kd, rdd = student.kd, student.rdd
     if "rdd" in student.method:
+        if rdd.class_weights and class_weights is None:
+            raise ConfigError(
+                f"students: '{student.name}' has rdd.class_weights: true, but this data set gives "
+                "no class weights; leave it out"
+            )
         return RDDLoss(
             iterations=training.iterations,
             switch=rdd.switch,
@@ -161,6 +173,7 @@ def _task_loss(student: StudentConfig, training: TrainingConfig) -> nn.Module:
             aux_weight=training.aux_weight,
             kd_weight=kd.weight,
             temperature=kd.temperature,
+            class_weight=torch.tensor(class_weights) if rdd.class_weights else None,
         )
     if "kd" in student.method:
         return KDLoss(

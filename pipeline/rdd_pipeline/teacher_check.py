@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from rdd_pipeline.build import pass_options, store_identity
-from rdd_pipeline.config import MapsConfig, NetworkConfig
+from rdd_pipeline.config import MapsConfig, NetworkConfig, without_pretrained
 from rdd_pipeline.data import SegmentationDataset
 from rdd_pipeline.networks import build_network, load_weights, weights_hash
 from rdd_pipeline.progress import Reporter
@@ -74,7 +74,7 @@ def compare_with_teacher(
         StoreMismatchError: The store was built by another teacher, from other data or settings.
     """
     reader = MapReader(store)
-    network = build_network(network_config, dataset.num_classes)
+    network = build_network(without_pretrained(network_config), dataset.num_classes)
     load_weights(network, weights)
     identity = store_identity(dataset, network_config, weights_hash(network), maps)
     if fingerprint(identity) != reader.fingerprint:

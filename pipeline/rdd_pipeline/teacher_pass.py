@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdd_pipeline._fused import _Bands
+from rdd_pipeline._fused import Bands
 from rdd_pipeline.data import IGNORE_INDEX, Sample
 from rdd_pipeline.errors import NonFiniteError
 from rdd_pipeline.evaluate import stack_images
@@ -152,7 +152,7 @@ def _upsampled_probs(
     elements = _WHOLE_ELEMENTS_CPU if on_cpu else _WHOLE_ELEMENTS_DEVICE
     step = elements // (classes * height * width)
     if step == 0:
-        for band_BCRW, at in _Bands(logits_BChw, height, width):
+        for band_BCRW, at in Bands(logits_BChw, height, width):
             yield band_BCRW.softmax(dim=1), at
         return
     for first in range(0, batch, step):

@@ -128,6 +128,16 @@ def test_crops_at_other_scales_differ_by_the_view_alone(
     assert measure(built, config, seed=1).fidelity.scales != measured.fidelity.scales[:8]
 
 
+def test_storage_alone_is_told_apart_for_a_store_of_windows_too(tmp_path: Path) -> None:
+    maps = {"view": "sliding", "window": [32, 64], "averaging": {"flip": True}}
+    figures = measure(
+        build(tmp_path, **maps), configuration(tmp_path, training=WHOLE, **maps)
+    ).fidelity.figures
+    assert figures.storage.weight.percentile_95.value < 1e-3
+    assert figures.storage.hard_mask.flipped.value == 0
+    assert figures.approximation.weight.mean_absolute.value > 1e-3, "seen whole, it differs"
+
+
 def test_padding_counts_nowhere(built: tuple[Path, str], tmp_path: Path) -> None:
     """The same images with and without a margin: the stored side sees the same pixels."""
     bare = measure(built, configuration(tmp_path, training=WHOLE))

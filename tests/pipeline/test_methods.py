@@ -26,7 +26,7 @@ from rdd_pipeline.difficulty import prediction_discrepancy, tfe_weight, true_cla
 from rdd_pipeline.errors import ConfigError, NetworkError
 from rdd_pipeline.features import FeatureTaps, StudentOutputs, TappedStudent
 from rdd_pipeline.live_teacher import LiveTeacher
-from rdd_pipeline.losses import TeacherSignals
+from rdd_pipeline.losses import TeacherSignals, tse_loss
 from rdd_pipeline.methods import build_loss, tapped
 from rdd_pipeline.networks import build_network, load_state, load_weights
 from rdd_pipeline.progress import Reporter
@@ -330,6 +330,28 @@ def test_logit_methods_ask_for_soft_labels() -> None:
     target = torch.zeros(1, 4, 4, dtype=torch.long)
     with pytest.raises(KeyError, match="soft_labels: true"):
         loss(outputs, target, replace(TeacherSignals()), 0)
+
+
+def test_class_weights_of_the_data_set_weight_the_second_stage() -> None:
+    training = tiny_config(Path("unused")).student.training
+    chosen = StudentConfig.model_validate(
+        {
+            "name": "s",
+            "method": "rdd",
+            "rdd": {"class_weights": True, "min_kept": 0},
+            "kd": {"weight": 0},
+        }
+    )
+    with pytest.raises(ConfigError, match="this data set gives no class weights"):
+        build_loss(chosen, training, num_classes=3)
+    weights = (1.0, 2.0, 0.5)
+    loss = build_loss(chosen, training, num_classes=3, class_weights=weights)
+    torch.manual_seed(0)
+    outputs = StudentOutputs(torch.randn(1, 3, 4, 4), None, (), {})
+    target, prob = torch.randint(0, 3, (1, 8, 8)), torch.rand(1, 8, 8)
+    expected = tse_loss(outputs.main, target, prob, min_kept=0, class_weight=torch.tensor(weights))
+    signals = TeacherSignals(true_prob=prob)
+    torch.testing.assert_close(loss(outputs, target, signals, 5).total, expected)
 
 
 @pytest.mark.parametrize(
