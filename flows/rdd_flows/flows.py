@@ -19,6 +19,7 @@ from prefect.cache_policies import NO_CACHE  # noqa: E402
 
 from rdd_pipeline.build import BuildResult  # noqa: E402
 from rdd_pipeline.config import RunConfig, StudentConfig  # noqa: E402
+from rdd_pipeline.data import build_dataset  # noqa: E402
 from rdd_pipeline.files import write_json  # noqa: E402
 from rdd_pipeline.progress import current_reporter  # noqa: E402
 from rdd_pipeline.report import write_run_report  # noqa: E402
@@ -31,14 +32,16 @@ from rdd_pipeline.stages import (  # noqa: E402
     run_teacher,
     write_results,
 )
+from rdd_pipeline.student import check_networks  # noqa: E402
 
 LOG_FILE = Path("logs") / "rdd.log"
 
 
-@task(name="check data", cache_policy=NO_CACHE)
-def check_data_task(config: RunConfig) -> None:
-    """Collect every problem of the data set before anything long starts."""
+@task(name="check", cache_policy=NO_CACHE)
+def check_task(config: RunConfig, students: tuple[StudentConfig, ...]) -> None:
+    """Find what is wrong with data set and networks before anything long starts."""
     check_data(config, current_reporter())
+    check_networks(config, build_dataset(config.data, "train"), students)
 
 
 @task(name="teacher", cache_policy=NO_CACHE)
@@ -78,7 +81,7 @@ def distill(config: RunConfig) -> Path:
     try:
         write_json(config.run_dir / "config.json", config.model_dump(mode="json"))
         stopwatch = Stopwatch()
-        stopwatch.time("data", check_data_task, config)
+        stopwatch.time("check", check_task, config, config.students)
         teacher: TrainedNetwork = stopwatch.time("teacher", teacher_task, config)
         maps: BuildResult = stopwatch.time("maps", maps_task, config, teacher)
         students: list[TrainedNetwork] = [
@@ -97,7 +100,7 @@ def build_maps_flow(config: RunConfig) -> dict[str, Any]:
     """Train or load the teacher, then build the map store."""
     handler = log_to_file(config.run_dir / LOG_FILE)
     try:
-        check_data_task(config)
+        check_task(config, ())
         maps: BuildResult = maps_task(config, teacher_task(config))
         return {"path": maps.path, "images": maps.images, "images_built": maps.images_built}
     finally:

@@ -5,11 +5,12 @@ from.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rdd_pipeline.config import RunConfig, StudentConfig
+from rdd_pipeline.config import NetworkConfig, RunConfig, StudentConfig
 from rdd_pipeline.data import SegmentationDataset
+from rdd_pipeline.errors import ConfigError, NetworkError
 from rdd_pipeline.features import FeatureTaps, TappedStudent
 from rdd_pipeline.live_teacher import LiveTeacher
 from rdd_pipeline.methods import build_loss, live_needs, map_needs, tapped, taps_of
@@ -94,3 +95,43 @@ def prepare_student(
     )
     loss = build_loss(student, training, num_classes=dataset.num_classes, teacher_channels=channels)
     return PreparedStudent(model=model, loss=loss, stream=stream, signals=signals)
+
+
+def check_networks(
+    config: RunConfig, dataset: SegmentationDataset, students: Iterable[StudentConfig]
+) -> None:
+    """Build every network once, and see that each method finds what it needs.
+
+    What is wrong with the last student would otherwise show after the teacher's training.
+
+    Args:
+        config: The run.
+        dataset: Gives the classes.
+        students: Those of the run's students that will be trained.
+
+    Raises:
+        NetworkError: A network cannot be built, or lacks a head, a module or features.
+        ConfigError: A method's settings contradict the data set.
+    """
+    teacher = build_network(config.teacher.network, dataset.num_classes)
+    TeacherViews(teacher, config.maps.discrepancy, config.maps.scales).check()
+    built: list[tuple[NetworkConfig, SegmentationNetwork]] = [(config.teacher.network, teacher)]
+    for student in students:
+        wanted = config.student_network(student)
+        try:
+            network = next((known for described, known in built if described == wanted), None)
+            if network is None:
+                network = build_network(wanted, dataset.num_classes)
+                built.append((wanted, network))
+            _, taps = taps_of(student)
+            channels = FeatureTaps(teacher, taps).channels()
+            tapped(network, student, channels, seed=0)
+            build_loss(
+                student,
+                config.student_training(student),
+                num_classes=dataset.num_classes,
+                class_weights=dataset.class_weights,
+                teacher_channels=channels,
+            )
+        except (NetworkError, ConfigError) as error:
+            raise type(error)(f"students: '{student.name}': {error}") from error

@@ -49,7 +49,7 @@ def test_run_goes_the_whole_way(finished: tuple[Path, Path, str, str]) -> None:
     assert [student["name"] for student in results["students"]] == ["supervised", "kd", "rdd"]
     assert results["maps"]["images_built"] == 7
     assert results["maps"]["bytes_per_image"] > 0
-    assert set(results["seconds"]) == {"data", "teacher", "maps", "students"}
+    assert set(results["seconds"]) == {"check", "teacher", "maps", "students"}
     assert (run / "report.html").stat().st_size > 10_000
     assert "Traceback" not in errors
     log = (run / "logs" / "rdd.log").read_text()
@@ -287,6 +287,20 @@ def test_data_problems_are_all_listed_before_work_starts(rdd: Rdd, tmp_path: Pat
     done = rdd("data", "check", config)
     assert done.returncode == 1
     assert "trainannot" in done.stderr, "the expected layout is shown"
+
+
+def test_wrong_network_of_the_last_student_shows_before_the_teacher_is_trained(
+    rdd: Rdd, tmp_path: Path
+) -> None:
+    tree = tiny_tree(tmp_path)
+    tree["students"][2]["network"] = tree["student"]["network"] | {"encoder": "resnet19"}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    done = rdd("run", config)
+    assert done.returncode == 1
+    assert "students: 'rdd': network.encoder" in done.stderr
+    assert "did you mean resnet18" in done.stderr
+    assert not (tmp_path / "tiny" / "teacher").exists()
 
 
 @pytest.mark.usefixtures("finished")

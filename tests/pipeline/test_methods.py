@@ -32,7 +32,7 @@ from rdd_pipeline.networks import build_network, load_state, load_weights
 from rdd_pipeline.progress import Reporter
 from rdd_pipeline.stages import run_maps, run_student, run_teacher
 from rdd_pipeline.stream import MapStream, make_loader
-from rdd_pipeline.student import PreparedStudent, prepare_student
+from rdd_pipeline.student import PreparedStudent, check_networks, prepare_student
 from rdd_pipeline.teacher_views import TeacherViews
 from rdd_storage import MapReader, StoreMismatchError
 from tiny import tiny_config, tiny_tree, write_tiny
@@ -321,6 +321,22 @@ def test_wrong_taps_say_what_is_there(name: str, message: str) -> None:
     network = build_network(config.student.network, 8, seed=0)
     with pytest.raises(NetworkError, match=message):
         FeatureTaps(network, (name,)).channels()
+
+
+def test_networks_and_taps_are_checked_before_long_work() -> None:
+    tree = tiny_tree(Path("unused"))
+    at = {"name": "a", "method": "at"}
+    pair = {"student": "decoder", "teacher": "decoder"}
+
+    def check(changes: dict[str, Any], **student: Any) -> None:
+        config = parse_config(tree | changes | {"students": [at | student]})
+        check_networks(config, build_dataset(config.data, "train"), config.students)
+
+    check({})
+    with pytest.raises(NetworkError, match=r"students: 'a': features: .* no module 'decodr'"):
+        check({}, features=[pair, {"student": "decoder", "teacher": "decodr"}])
+    with pytest.raises(NetworkError, match=r"maps\.discrepancy: the teacher has no module 'aux'"):
+        check({"maps": tree["maps"] | {"discrepancy": "module:aux"}})
 
 
 def test_logit_methods_ask_for_soft_labels() -> None:

@@ -240,7 +240,7 @@ def run_template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[s
             student(names, "supervised", 0.4321, 40.0),
             student(names, "rdd", 0.4567, 42.0),
         ],
-        "seconds": {"data": 0.1, "teacher": 130.0, "maps": 3.0, "students": 25.0},
+        "seconds": {"check": 0.1, "teacher": 130.0, "maps": 3.0, "students": 25.0},
         "peak_memory_bytes": 1_500_000_000,
     }
 

@@ -414,12 +414,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_that_is_remembered(
     batch_size: Any,
     error: type[RuntimeError],
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     samples = samples_of(*[(16, 24)] * 9, (32, 24), (32, 24))
     teacher = SmallMemory(2 * 16 * 24, error)
-    # The command line keeps our messages from the root logger, for which caplog listens.
-    monkeypatch.setattr(logging.getLogger("rdd"), "propagate", True)
     with caplog.at_level(logging.DEBUG, logger="rdd.maps"):
         maps = run_shard(teacher, samples, MapsConfig(batch_size=batch_size))
     assert teacher.refused == ([8, 4] if batch_size == 8 else [4])

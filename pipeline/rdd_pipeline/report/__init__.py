@@ -21,7 +21,7 @@ from rdd_pipeline.report.store_section import THRESHOLD, store_section
 
 REPORT_FILE = "report.html"
 
-_STAGES = ("data", "teacher", "maps", "students")
+_STAGES = ("check", "teacher", "maps", "students")
 
 
 def write_run_report(results: Path) -> Path:
