@@ -198,6 +198,8 @@ def test_a_stopped_run_leaves_no_process_behind_and_resumes(
         env=os.environ | {"PREFECT_HOME": str(prefect_home)},
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # A shell lets what it starts in the background ignore SIGINT, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     checkpoints = tmp_path / "runs" / "tiny" / "teacher" / "checkpoints"
     deadline = time.monotonic() + 120
