@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rdd_pipeline.errors import NetworkError
 from rdd_pipeline.networks import SegmentationNetwork
 
-_TAP = re.compile(r"(?P<module>[^\[\]]+)(?P<items>(\[-?\d+\])*)")
+_TAP = re.compile(r"(?P<module>[^\[\]]+)(?P<items>(\[(-?\d+|\w+)\])*)")
 
 
 class FeatureTaps:
@@ -25,8 +25,8 @@ class FeatureTaps:
 
     Args:
         network: Its modules are found by name, as :meth:`torch.nn.Module.get_submodule` does.
-        names: ``NAME`` takes the output of a module, ``NAME[i]`` its item ``i``; what is taken
-            has to be a tensor (B, F, h, w).
+        names: ``NAME`` takes the output of a module, ``NAME[i]`` its item ``i``, ``NAME[key]``
+            that of a dictionary; what is taken has to be a tensor (B, F, h, w).
 
     Raises:
         NetworkError: A name is no module, or not written as above.
@@ -35,20 +35,22 @@ class FeatureTaps:
     def __init__(self, network: SegmentationNetwork, names: Sequence[str]) -> None:
         self.network = network
         self.names = tuple(names)
-        self._places: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._places: dict[str, tuple[str, tuple[str, ...]]] = {}
         modules = dict(network.named_modules())
         for name in self.names:
             match = _TAP.fullmatch(name)
             if match is None:
-                raise NetworkError(f"features: expected NAME or NAME[index], got '{name}'")
+                raise NetworkError(
+                    f"features: expected NAME, NAME[index] or NAME[key], got '{name}'"
+                )
             if match["module"] not in modules:
                 near = difflib.get_close_matches(match["module"], modules, n=3, cutoff=0.3)
                 hint = ", ".join(near or [n for n in modules if n and "." not in n])
                 raise NetworkError(
                     f"features: the network has no module '{match['module']}'; there is {hint}"
                 )
-            items = tuple(int(item) for item in re.findall(r"-?\d+", match["items"]))
-            self._places[name] = (match["module"], items)
+            items = re.findall(r"\[([^\]]+)\]", match["items"])
+            self._places[name] = (match["module"], tuple(items))
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:
@@ -59,7 +61,7 @@ class FeatureTaps:
         """
         found: dict[str, Tensor] = {}
 
-        def hook(name: str, items: tuple[int, ...]) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(name: str, items: tuple[str, ...]) -> Callable[[nn.Module, Any, Any], None]:
             def take(module: nn.Module, args: Any, output: Any) -> None:
                 if name not in found:
                     found[name] = _pick(output, items, name)
@@ -159,20 +161,34 @@ class TappedStudent(nn.Module):
         return StudentOutputs(logits.main, logits.aux, features, projected)
 
 
-def _pick(output: Any, items: tuple[int, ...], name: str) -> Tensor:
+def _pick(output: Any, items: tuple[str, ...], name: str) -> Tensor:
     for item in items:
         try:
-            output = output[item]
-        except (IndexError, TypeError, KeyError) as error:
-            raise NetworkError(f"features: '{name}' asks for an item that is not there") from error
+            if isinstance(output, Mapping):
+                output = output[item] if item in output else list(output.values())[int(item)]
+            else:
+                output = output[int(item)]
+        except (IndexError, TypeError, KeyError, ValueError) as error:
+            raise NetworkError(
+                f"features: '{name}' asks for an item that is not there; {_items(output, name)}"
+            ) from error
     if not isinstance(output, Tensor):
-        count = f" of {len(output)}" if isinstance(output, list | tuple) else ""
         raise NetworkError(
-            f"features: '{name}' gives a {type(output).__name__}{count}, expected a tensor; take "
-            f"one item of it, such as {name}[-1]"
+            f"features: '{name}' gives a {type(output).__name__}, expected a tensor; "
+            f"{_items(output, name)}"
         )
     if output.dim() != 4 or output.shape[1] == 0:
         raise NetworkError(
             f"features: '{name}' gives shape {tuple(output.shape)}, expected (B, F, h, w)"
         )
     return output
+
+
+def _items(output: Any, name: str) -> str:
+    """What one could ask for instead, for a message."""
+    module = name.partition("[")[0]
+    if isinstance(output, Mapping):
+        return f"there is {', '.join(f'{module}[{key}]' for key in output)}"
+    if isinstance(output, list | tuple):
+        return f"there are {len(output)}, the last one is {module}[-1]"
+    return "name another module"

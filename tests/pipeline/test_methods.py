@@ -311,9 +311,10 @@ def test_student_without_feature_methods_is_the_plain_network() -> None:
     [
         ("decodr", "no module 'decodr'; there is decoder"),
         ("nonsense_at_all!", "no module 'nonsense_at_all!'; there is"),
-        ("encoder", r"'encoder' gives a list of \d, expected a tensor.*encoder\[-1\]"),
-        ("encoder[99]", "asks for an item that is not there"),
-        ("encoder[x]", "expected NAME or NAME"),
+        ("encoder", r"'encoder' gives a list, expected a tensor; there are \d, .*encoder\[-1\]"),
+        ("encoder[99]", r"asks for an item that is not there; there are \d"),
+        ("encoder[x]", "asks for an item that is not there"),
+        ("encoder[", "expected NAME, NAME"),
     ],
 )
 def test_wrong_taps_say_what_is_there(name: str, message: str) -> None:
@@ -321,6 +322,18 @@ def test_wrong_taps_say_what_is_there(name: str, message: str) -> None:
     network = build_network(config.student.network, 8, seed=0)
     with pytest.raises(NetworkError, match=message):
         FeatureTaps(network, (name,)).channels()
+
+
+def test_items_of_a_dictionary_are_taken_by_their_keys() -> None:
+    described = {"type": "torchvision", "architecture": "lraspp_mobilenet_v3_large"}
+    tree = tiny_tree(Path("unused"))
+    tree["teacher"]["network"] = described
+    config = parse_config(tree | {"maps": tree["maps"] | {"discrepancy": "flip"}})
+    network = build_network(config.teacher.network, 8, seed=0)
+    assert FeatureTaps(network, ("backbone[low]", "backbone[high]")).channels() == (40, 960)
+    assert FeatureTaps(network, ("backbone[0]", "backbone[-1]")).channels() == (40, 960)
+    with pytest.raises(NetworkError, match=r"there is backbone\[low\], backbone\[high\]"):
+        FeatureTaps(network, ("backbone",)).channels()
 
 
 def test_networks_and_taps_are_checked_before_long_work() -> None:
