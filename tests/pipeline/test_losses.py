@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rdd_pipeline import _fused, _loss_functions
-from rdd_pipeline.config import KDConfig, RDDConfig
+from rdd_pipeline.config import StudentConfig, TrainingConfig
 from rdd_pipeline.difficulty import (
     TensorArgumentError,
     hard_mask,
@@ -36,6 +36,7 @@ from rdd_pipeline.losses import (
     tfe_loss,
     tse_loss,
 )
+from rdd_pipeline.methods import build_loss
 from rdd_storage.errors import UnknownArrayError
 
 GOLDEN = sorted((Path(__file__).parent.parent / "data" / "golden").glob("*.npz"))
@@ -485,14 +486,10 @@ def step_of(seed: int) -> tuple[Outputs, torch.Tensor, TeacherSignals]:
 
 
 def test_the_configuration_s_defaults_build_the_losses() -> None:
-    RDDLoss(
-        iterations=40_000,
-        aux_weight=0.4,
-        kd_weight=KDConfig().weight,
-        temperature=KDConfig().temperature,
-        **dict(RDDConfig()),
-    )
+    built = build_loss(StudentConfig(name="s", method=("rdd",)), TrainingConfig(), num_classes=19)
     loss = RDDLoss(iterations=40_000)
+    assert built.task._settings == loss._settings
+    assert (built.task.kd_weight, built.task.temperature) == (loss.kd_weight, loss.temperature)
     assert loss.switch == 4_000
     assert loss.tfe_share(3_999) == 1.0
     assert loss.tfe_share(4_000) == 0.0
