@@ -519,19 +519,14 @@ class SKDConfig(Model):
     """Side of the patch that makes one node, in grid positions."""
 
 
-class FeatureCWDConfig(Model):
+class FeatureCWDConfig(CWDConfig):
     """Channel-wise distillation of features (arXiv 2011.13256)."""
 
     weight: Weight = 50.0
-    temperature: Temperature = 4.0
 
 
-class FeatureSKDConfig(Model):
+class FeatureSKDConfig(SKDConfig):
     """Pair-wise similarity of features at all positions, SKD (arXiv 1903.04197)."""
-
-    weight: Weight = 10.0
-    patch: Count = 2
-    """Side of the patch that makes one node, in grid positions."""
 
 
 class ATConfig(Model):

@@ -92,6 +92,8 @@ class FeatureTaps:
 
     def channels(self) -> tuple[int, ...]:
         """Number of channels of each feature, found by running the network on an empty image."""
+        if not self.names:
+            return ()
         training = self.network.training
         side = 2 * self.network.divisor
         device = next(self.network.parameters()).device

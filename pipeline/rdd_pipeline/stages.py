@@ -128,14 +128,16 @@ def run_teacher(config: RunConfig, reporter: Reporter) -> TrainedNetwork:
         settings |= teacher.model_dump(
             mode="json", include={"checkpoint_layout", "strict"}, exclude_defaults=True
         )
-    elif teacher.training is None:
-        settings["weights"] = weights_hash(_ready_teacher(config, train_set.num_classes, reporter))
+    network: SegmentationNetwork | None = None
+    if teacher.checkpoint is None and teacher.training is None:
+        network = _ready_teacher(config, train_set.num_classes, reporter)
+        settings["weights"] = weights_hash(network)
     reused = _reuse(directory, settings, "teacher", reporter)
     if reused is not None:
         return reused
 
     if teacher.training is None:
-        network = _ready_teacher(config, train_set.num_classes, reporter)
+        network = network or _ready_teacher(config, train_set.num_classes, reporter)
         device = resolve_device(config.device)
         metrics = evaluate(
             network.to(device), val_set, device=device, reporter=reporter, name="evaluate teacher"
@@ -256,7 +258,7 @@ def run_student(
                 "run 'rdd maps build' first"
             )
         reader = MapReader(store)
-    live = None
+    live, live_weights = None, ""
     if student.needs_teacher:
         if teacher is None:
             raise ConfigError(
@@ -265,8 +267,9 @@ def run_student(
             )
         live = build_network(without_pretrained(config.teacher.network), train_set.num_classes)
         load_weights(live, teacher)
+        live_weights = weights_hash(live)
         if reader is not None:
-            _require_same_teacher(reader, live)
+            _require_same_teacher(reader, live_weights)
     settings = {
         "network": network_config.model_dump(mode="json"),
         "training": _decisive(training),
@@ -275,7 +278,7 @@ def run_student(
         "methods": {
             name: section.model_dump(mode="json") for name, section in student.sections.items()
         },
-        "teacher": None if live is None else _live_settings(config, student, weights_hash(live)),
+        "teacher": None if live is None else _live_settings(config, student, live_weights),
         "store": reader.fingerprint if reader is not None else None,
         "store_version": reader.version if reader is not None else None,
         "data": train_set.identity(),
@@ -307,8 +310,8 @@ def run_student(
     return _finish(directory, settings, dataclasses.asdict(outcome), student.name)
 
 
-def _require_same_teacher(reader: MapReader, live: SegmentationNetwork) -> None:
-    stored, loaded = reader.identity["teacher"]["weights"], weights_hash(live)
+def _require_same_teacher(reader: MapReader, loaded: str) -> None:
+    stored = reader.identity["teacher"]["weights"]
     if stored != loaded:
         raise StoreMismatchError(
             f"{reader.path}: its teacher has weights {stored[:12]}, the one loaded beside it "

@@ -64,17 +64,13 @@ def prepare_student(
     grid_size = network.grid_size(*training.crop_size)
     decoder = SignalDecoder(None if reader is None else reader.schema.hardness_bits)
     signals: Signals = decoder
-    model: SegmentationNetwork | TappedStudent = network
-    channels: tuple[int, ...] = ()
+    model, loss = _model_and_loss(config, student, dataset, network, teacher)
     if teacher is not None:
-        _, taps = taps_of(student)
-        channels = FeatureTaps(teacher, taps).channels()
-        model = tapped(network, student, channels, seed=seed)
         signals = LiveTeacher(
             TeacherViews(teacher, config.maps.discrepancy, config.maps.scales),
             needs=live_needs(student, has_aux=network.has_aux),
             grid_size=grid_size,
-            taps=taps,
+            taps=taps_of(student)[1],
             precision=training.precision,
             decoder=decoder,
         )
@@ -93,8 +89,27 @@ def prepare_student(
         mark_padding=teacher is not None,
         digests=digests,
     )
-    loss = build_loss(student, training, num_classes=dataset.num_classes, teacher_channels=channels)
     return PreparedStudent(model=model, loss=loss, stream=stream, signals=signals)
+
+
+def _model_and_loss(
+    config: RunConfig,
+    student: StudentConfig,
+    dataset: SegmentationDataset,
+    network: SegmentationNetwork,
+    teacher: SegmentationNetwork | None,
+) -> tuple[SegmentationNetwork | TappedStudent, Loss]:
+    """The network with the taps that its methods need, and their loss."""
+    channels = () if teacher is None else FeatureTaps(teacher, taps_of(student)[1]).channels()
+    model = tapped(network, student, channels, seed=config.student_seed(student))
+    loss = build_loss(
+        student,
+        config.student_training(student),
+        num_classes=dataset.num_classes,
+        class_weights=dataset.class_weights,
+        teacher_channels=channels,
+    )
+    return model, loss
 
 
 def check_networks(
@@ -123,15 +138,6 @@ def check_networks(
             if network is None:
                 network = build_network(wanted, dataset.num_classes)
                 built.append((wanted, network))
-            _, taps = taps_of(student)
-            channels = FeatureTaps(teacher, taps).channels()
-            tapped(network, student, channels, seed=0)
-            build_loss(
-                student,
-                config.student_training(student),
-                num_classes=dataset.num_classes,
-                class_weights=dataset.class_weights,
-                teacher_channels=channels,
-            )
+            _model_and_loss(config, student, dataset, network, teacher)
         except (NetworkError, ConfigError) as error:
             raise type(error)(f"students: '{student.name}': {error}") from error

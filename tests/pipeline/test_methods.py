@@ -336,6 +336,20 @@ def test_items_of_a_dictionary_are_taken_by_their_keys() -> None:
         FeatureTaps(network, ("backbone",)).channels()
 
 
+def test_a_prepared_student_has_the_class_weights_of_its_data_set(
+    built: tuple[RunConfig, BuildResult, Path],
+) -> None:
+    config, maps, _ = built
+    chosen = student("s", ["rdd"])
+    weighted = chosen.rdd.model_copy(update={"class_weights": True})
+    chosen = chosen.model_copy(update={"rdd": weighted})
+    dataset = build_dataset(config.data, "train")
+    dataset.class_weights = tuple(float(index + 1) for index in range(dataset.num_classes))
+    check_networks(config, dataset, [chosen])
+    ready = prepare_student(config, chosen, dataset, reader=MapReader(maps.path), teacher=None)
+    assert ready.loss.task.class_weight.tolist() == list(dataset.class_weights)
+
+
 def test_networks_and_taps_are_checked_before_long_work() -> None:
     tree = tiny_tree(Path("unused"))
     at = {"name": "a", "method": "at"}
