@@ -50,13 +50,13 @@ from rdd_pipeline.data.geometry import (
 )
 from rdd_pipeline.difficulty import true_class_probability
 from rdd_pipeline.errors import ConfigError
-from rdd_pipeline.live_teacher import PRECISIONS, LiveTeacher
+from rdd_pipeline.live_teacher import LiveTeacher
 from rdd_pipeline.losses import TeacherSignals
 from rdd_pipeline.networks import build_network, load_weights, weights_hash
 from rdd_pipeline.progress import Reporter
 from rdd_pipeline.signals import SignalDecoder
 from rdd_pipeline.stream import MapStream, Need
-from rdd_pipeline.teacher_views import TeacherViews
+from rdd_pipeline.teacher_views import TeacherViews, autocast
 from rdd_storage import MapReader
 
 __all__ = [
@@ -310,7 +310,7 @@ class _WholeImageTeacher:
         device: torch.device,
     ) -> None:
         self._views, self._needs, self._grid_size = views, needs, grid_size
-        self._dtype, self._device = PRECISIONS[precision], device
+        self._precision, self._device = precision, device
 
     def __call__(
         self, dataset: SegmentationDataset, crops: Sequence[tuple[int, CropWindow]]
@@ -336,8 +336,7 @@ class _WholeImageTeacher:
             torch.from_numpy(np.array(sample.image)).to(self._device).permute(2, 0, 1)[None]
         )
         label_1HW = torch.from_numpy(np.array(sample.label)).to(self._device)[None]
-        lower = self._dtype != torch.float32
-        with torch.autocast(self._device.type, dtype=self._dtype, enabled=lower):
+        with autocast(self._device, self._precision):
             outputs = self._views(image_13HW)
         grid = (outputs.main.shape[2], outputs.main.shape[3])
         signals = {

@@ -21,10 +21,7 @@ from rdd_pipeline.losses import TeacherSignals
 from rdd_pipeline.networks import SegmentationNetwork
 from rdd_pipeline.signals import SignalDecoder
 from rdd_pipeline.stream import Need
-from rdd_pipeline.teacher_views import TeacherViews
-
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Floating-point types by their name in the configuration."""
+from rdd_pipeline.teacher_views import TeacherViews, autocast
 
 
 class LiveTeacher:
@@ -58,7 +55,7 @@ class LiveTeacher:
         self.network: SegmentationNetwork = views.network.eval().requires_grad_(False)
         self.needs = frozenset(needs)
         self.grid_size = grid_size
-        self.dtype = PRECISIONS[precision]
+        self.precision = precision
         self.decoder = decoder or SignalDecoder(None)
         self._taps = FeatureTaps(self.network, taps)
 
@@ -73,11 +70,8 @@ class LiveTeacher:
         images_B3HW, labels_BHW = batch["image"], batch["label"]
         if self.network.mean.device != images_B3HW.device:
             self.network.to(images_B3HW.device)
-        autocast = torch.autocast(
-            images_B3HW.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        )
         signals = self.decoder(batch)
-        with self._taps.recording() as found, autocast:
+        with self._taps.recording() as found, autocast(images_B3HW.device, self.precision):
             if "weight" in self.needs:
                 outputs = self.views(images_B3HW)
                 main, aux = outputs.main, outputs.aux

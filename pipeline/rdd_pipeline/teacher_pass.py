@@ -21,7 +21,7 @@ from rdd_pipeline.errors import NonFiniteError
 from rdd_pipeline.evaluate import stack_images
 from rdd_pipeline.networks import SegmentationNetwork
 from rdd_pipeline.teacher_batches import BatchLimit, batches_by_size
-from rdd_pipeline.teacher_views import TeacherViews
+from rdd_pipeline.teacher_views import TeacherViews, autocast
 from rdd_pipeline.teacher_windows import AS_IT_IS, ImageView
 from rdd_storage import (
     HARDNESS_IGNORED,
@@ -239,8 +239,7 @@ def evaluate_batch(
         NetworkError: The teacher cannot give the discrepancy that is asked for.
     """
     images = stack_images(list(samples), device)
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
-    with torch.autocast(device.type, dtype=dtype, enabled=options.precision != "no"):
+    with autocast(device, options.precision):
         outputs = views(images)
     labels_BHW = torch.from_numpy(np.stack([s.label for s in samples])).to(device).long()
     valid_BHW = labels_BHW != IGNORE_INDEX

@@ -284,6 +284,12 @@ class TeacherViews:
         raise NetworkError(f"maps.discrepancy: the teacher has no module '{self._module}'; {hint}")
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision of a teacher's passes: ``bf16`` or ``fp16``, or ``no`` for none."""
+    dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, dtype=dtypes[precision], enabled=precision != "no")
+
+
 def discrepancy_definition(discrepancy: str, scales: Sequence[float]) -> str:
     """The discrepancy in words: part of a store's identity, and stored with the array.
 
