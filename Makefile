@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-losses bench-store bench-teacher docs clean
+.PHONY: help demo test lint format bench bench-losses bench-store bench-teacher bench-train bench-flows docs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,7 +27,7 @@ format: $(VENV)/.ready-dev  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-losses bench-store bench-teacher  ## Run all benchmarks
+bench: bench-losses bench-store bench-teacher bench-train bench-flows  ## Run all benchmarks
 
 bench-losses: $(VENV)/.ready-dev  ## Time and memory of the losses
 	$(BIN)/python bench/losses.py
@@ -37,6 +37,13 @@ bench-store: $(VENV)/.ready-dev  ## Bytes, time and memory of the map store besi
 
 bench-teacher: $(VENV)/.ready-dev  ## The teacher pass over its bare forward loop
 	$(BIN)/python bench/teacher.py
+
+bench-train: $(VENV)/.ready-dev  ## Loading, and training from stored maps beside its alternatives
+	$(BIN)/python bench/loader.py
+	$(BIN)/python bench/train.py
+
+bench-flows: $(VENV)/.ready-dev  ## What Prefect and Dask add
+	$(BIN)/python bench/flows.py
 
 docs: $(VENV)/.ready-dev  ## Run the code blocks of README and docs
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -91,7 +91,14 @@ class TeacherMaps:
 def make_maps(setting: Setting, index: int, labels: Path | None = None) -> TeacherMaps:
     """Maps of image ``index``; its label is drawn, or read from a folder of CamVid labels."""
     rng = np.random.default_rng(index)
-    label = _drawn_label(setting, rng) if labels is None else _camvid_label(labels, index)
+    label = drawn_label(setting, rng) if labels is None else _camvid_label(labels, index)
+    return maps_for(setting, index, label, rng)
+
+
+def maps_for(
+    setting: Setting, index: int, label: npt.NDArray[np.uint8], rng: np.random.Generator
+) -> TeacherMaps:
+    """Maps of image ``index`` whose label, uint8 (H, W), is known."""
     classes, (height, width), grid = setting.num_classes, label.shape, setting.grid
     share = _class_shares(label, classes, grid)
     main, aux = (_teacher_logits(share, rng, sharpness) for sharpness in (1.0, 0.8))
@@ -122,19 +129,19 @@ def make_maps(setting: Setting, index: int, labels: Path | None = None) -> Teach
     )
 
 
-def _drawn_label(setting: Setting, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+def drawn_label(setting: Setting, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Regions of all sizes, objects in them, and unlabelled patches."""
     height, width = setting.height, setting.width
     label = np.zeros((height, width), np.uint8)
     for rank, classes in enumerate(np.array_split(rng.permutation(setting.num_classes), 3)):
         step = max(height // (2 << rank), 8)
-        fields = [_noise(rng, height, width, step) for _ in classes]
-        rough = 0.08 * _noise(rng, height, width, max(step // 8, 4))
+        fields = [smooth_noise(rng, height, width, step) for _ in classes]
+        rough = 0.08 * smooth_noise(rng, height, width, max(step // 8, 4))
         best = np.argmax(fields, axis=0)
         # Later ranks are objects on top of what is there.
         on_top = np.max(fields, axis=0) + rough > (-np.inf if rank == 0 else 1.4 + 0.5 * rank)
         label = np.where(on_top, classes[best], label).astype(np.uint8)
-    label[_noise(rng, height, width, height // 4) > 1.3] = 255
+    label[smooth_noise(rng, height, width, height // 4) > 1.3] = 255
     return label
 
 
@@ -159,13 +166,13 @@ def _class_shares(label: npt.NDArray[np.uint8], classes: int, grid: tuple[int, i
 
 def _teacher_logits(share: Field, rng: np.random.Generator, sharpness: float) -> Field:
     classes, height, width = share.shape
-    smooth = np.stack([_noise(rng, height, width, 12) for _ in range(classes)])
+    smooth = np.stack([smooth_noise(rng, height, width, 12) for _ in range(classes)])
     fine = rng.standard_normal(share.shape, np.float32)
     logits = sharpness * _SURE * np.sqrt(share) + _SMOOTH_NOISE * smooth + _FINE_NOISE * fine
     return logits.astype(np.float32)
 
 
-def _noise(rng: np.random.Generator, height: int, width: int, step: int) -> Field:
+def smooth_noise(rng: np.random.Generator, height: int, width: int, step: int) -> Field:
     """Normal noise, smooth over ``step`` pixels."""
     coarse = rng.standard_normal((1, height // step + 3, width // step + 3), np.float32)
     return _resize(coarse, height, width, slice(0, height))[0]

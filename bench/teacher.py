@@ -128,7 +128,7 @@ class Bench:
         with closing(self.builder(writer)) as builder, writer.lease():
 
             def build() -> None:
-                builder.build_all(writer.pending_shards(), lambda images: None)
+                builder.build_all(writer.pending_shards(), lambda shard, images: None)
                 writer.publish()
 
             return self.timed(build)

@@ -74,6 +74,11 @@ def _require_valid_command(words: list[str], where: str) -> None:
 def test_students_in_yaml_blocks_are_valid(page: Path, tmp_path: Path) -> None:
     for text in blocks(page, "yaml"):
         tree = yaml.safe_load(text)
+        if "grid" in tree:
+            config = parse_config(tiny_tree(tmp_path) | {"students": [], "grid": tree["grid"]})
+            grid = tree["grid"]
+            size = len(grid.get("networks", [0])) * len(grid["methods"]) * len(grid["seeds"])
+            assert len(config.students) == size
         if "students" in tree:
             config = parse_config(tiny_tree(tmp_path) | {"students": tree["students"]})
             assert len(config.students) == len(tree["students"])

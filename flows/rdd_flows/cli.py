@@ -9,19 +9,25 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from rdd_flows.commands import flows_app, serve
 from rdd_flows.environment import configure_logging, quiet_prefect
+from rdd_flows.inspect_commands import register as register_inspection
+from rdd_flows.label_error_commands import register as register_label_errors
+from rdd_flows.stack.commands import stack_app
 from rdd_pipeline.files import readable_bytes
+from rdd_pipeline.processes import is_main_process, leave_processes, world_size
 from rdd_storage.errors import RddError
 
 if TYPE_CHECKING:
     from rdd_pipeline.data import Survey
     from rdd_pipeline.progress import Reporter
+    from rdd_pipeline.stages import TrainedNetwork
 
 # Heavy imports (torch, Prefect) are made inside the commands, so that --help is instant and the
 # processes that Dask and the loaders spawn start quickly.
@@ -34,9 +40,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 maps_app = typer.Typer(help="Build and look after map stores.", no_args_is_help=True)
-data_app = typer.Typer(help="Check data sets.", no_args_is_help=True)
+data_app = typer.Typer(help="Check and pack data sets.", no_args_is_help=True)
+register_inspection(maps_app)
+register_label_errors(maps_app)
 app.add_typer(maps_app, name="maps")
 app.add_typer(data_app, name="data")
+app.add_typer(stack_app, name="stack")
+app.add_typer(flows_app, name="flows")
+app.command("serve")(serve)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/.")]
 Overrides = Annotated[
@@ -51,13 +62,19 @@ Overrides = Annotated[
 StorePath = Annotated[str, typer.Argument(metavar="STORE", help="Path or URL of a map store.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors and results only.")]
 
+_HOLDS = {"maps": "maps", "pack": "images"}
+
 _out = Console()
+if not _out.is_terminal and "COLUMNS" not in os.environ:
+    _out.width = 160  # tables in a log or a pipe need not fit a terminal
 _err = Console(stderr=True)
 
 
 def _start(quiet: bool) -> Reporter:
     from rdd_pipeline.progress import Reporter, set_reporter
 
+    # Of several training processes the main one alone shows anything but errors.
+    quiet = quiet or not is_main_process()
     configure_logging(_err, quiet=quiet)
     reporter = Reporter(_err, quiet=quiet)
     set_reporter(reporter)
@@ -75,7 +92,9 @@ def run(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -
 
     settings = load_config(config, overrides or ())
     _start(quiet)
-    from rdd_flows.flows import LOG_FILE, distill
+    _require_one_process()
+    from rdd_flows.flows import distill
+    from rdd_flows.recording import LOG_FILE
 
     results = _with_log(settings.run_dir / LOG_FILE, lambda: distill(settings))
     print_results(read_json(results))
@@ -117,14 +136,66 @@ def train(
     check_data(settings, reporter)
     if store is None and chosen.needs_maps:
         identity = build_dataset(settings.data, "train").identity()
-        store = find_store(settings.maps_root, data=identity).path
+        arrays = ["logits"] if chosen.distils_logits else []
+        store = find_store(settings.maps_root, data=identity, arrays=arrays).path
         reporter.say(f"{chosen.name}: reads {store}")
     teacher = run_teacher(settings, reporter).weights if chosen.needs_teacher else None
     trained = run_student(settings, chosen, store, reporter, teacher)
-    _out.print(
-        f"{trained.name}: mIoU {trained.result['metrics']['miou']:.4f}, weights {trained.weights}",
-        soft_wrap=True,
-    )
+    _print_trained(trained)
+
+
+@app.command()
+def students(
+    config: ConfigPath,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store",
+            help="Path or URL of the map store; by default the one in maps.root that fits.",
+        ),
+    ] = None,
+    parallel: Annotated[
+        str,
+        typer.Option(
+            "--parallel",
+            metavar="N|auto",
+            help="Trainings at a time; auto is one on each GPU, and without GPUs one.",
+        ),
+    ] = "auto",
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train all students of CONFIG, of its grid too, and compare them over their seeds.
+
+    Finished students are reused, interrupted ones resume. A student that fails leaves the others
+    alone; the exit code is then 1.
+    """
+    from rdd_pipeline.config import load_config
+    from rdd_pipeline.errors import ConfigError
+    from rdd_pipeline.files import read_json
+
+    settings = load_config(config, overrides or ())
+    if parallel != "auto" and not (parallel.isdecimal() and int(parallel) > 0):
+        raise ConfigError(f"--parallel {parallel}: expected auto or a number from 1")
+    count = None if parallel == "auto" else int(parallel)
+    reporter = _start(quiet)
+    from rdd_pipeline.many_students import StudentsFailedError, student_store
+
+    store = student_store(settings, store, reporter)  # before Prefect's server is started
+    from rdd_flows.flows import students_flow
+    from rdd_flows.recording import LOG_FILE
+
+    failure = None
+    try:
+        path = _with_log(settings.run_dir / LOG_FILE, lambda: students_flow(settings, store, count))
+    except _Logged as error:
+        if not isinstance(error.error, StudentsFailedError):
+            raise
+        failure, path = error, error.error.comparison
+    print_comparison(read_json(path))
+    _out.print(f"comparison {path}", soft_wrap=True)
+    if failure is not None:
+        raise failure
 
 
 @app.command()
@@ -150,25 +221,59 @@ def teach(
     settings = load_config(config, [*(overrides or ()), *extra])
     reporter = _start(quiet)
     check_data(settings, reporter)
-    trained = run_teacher(settings, reporter)
+    _print_trained(run_teacher(settings, reporter))
+
+
+def _print_trained(trained: TrainedNetwork) -> None:
+    """Say what came out, once, and part from the other training processes."""
+    leave_processes()
+    if not is_main_process():
+        return
+    best = trained.result.get("best_miou")
+    kept = f" (best {best:.4f} at iteration {trained.result['best_iteration']})" if best else ""
     _out.print(
-        f"teacher: mIoU {trained.result['metrics']['miou']:.4f}, weights {trained.weights}",
+        f"{trained.name}: mIoU {trained.result['metrics']['miou']:.4f}{kept}, "
+        f"weights {trained.weights}",
         soft_wrap=True,
     )
 
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="STORE|RUN", help="Path or URL of a map store, or folder of a finished run."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="The file; by default RUN/report.html, for a store NAME.html here."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="CONFIG",
+            help="Configuration that says where images and labels are; a run has its own.",
+        ),
+    ] = None,
+    images: Annotated[
+        int,
+        typer.Option(
+            "--images", min=0, help="Images to show: half the hardest, half the most suspicious."
+        ),
+    ] = 24,
+    quiet: Quiet = False,
 ) -> None:
-    """Write report.html of a run again."""
-    from rdd_pipeline.errors import ConfigError
-    from rdd_pipeline.report import write_run_report
+    """Write one HTML file about a run or a map store, that needs nothing else to be looked at."""
+    reporter = _start(quiet)
+    from rdd_pipeline.report import write_report
 
-    results = run_dir / "results.json"
-    if not results.exists():
-        raise ConfigError(f"{run_dir}: no results.json; give the folder of a finished run")
-    _out.print(str(write_run_report(results)), soft_wrap=True)
+    path = write_report(target, out=out, data=data, images=images, reporter=reporter)
+    _out.print(str(path), soft_wrap=True)
 
 
 TrainedFolder = Annotated[
@@ -260,6 +365,37 @@ def data_check(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = F
     _out.print("no problems")
 
 
+@data_app.command("pack")
+def data_pack(
+    config: ConfigPath,
+    split: Annotated[
+        Literal["train", "val", "all"], typer.Option("--split", help="What to pack.")
+    ] = "all",
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Store decoded images and labels once, so that training reads only the pixels of its crops.
+
+    Training takes the pack by itself and gives the same results. An interrupted command goes on
+    where it was; a later one adds what is new or has changed.
+    """
+    from rdd_pipeline.config import load_config
+    from rdd_pipeline.data import build_dataset, pack_dataset
+
+    settings = load_config(config, overrides or ())
+    reporter = _start(quiet)
+    splits: tuple[Literal["train", "val"], ...] = ("train", "val") if split == "all" else (split,)
+    for name in splits:
+        packed = pack_dataset(
+            build_dataset(settings.data, name), settings.data.packed_root, reporter=reporter
+        )
+        what = f"{packed.images_packed} of {packed.images} images packed in {packed.seconds:.1f} s"
+        if not packed.images_packed:
+            what = f"reused, {packed.images} images"
+        size = readable_bytes(packed.bytes_on_disk)
+        _out.print(f"{name}: {what}, {size}: {packed.path}", highlight=False, soft_wrap=True)
+
+
 def _print_survey(survey: Survey) -> None:
     """Print what a split holds."""
     heights, widths = zip(*survey.sizes, strict=True) if survey.sizes else ((0,), (0,))
@@ -292,7 +428,9 @@ def maps_build(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = F
 
     settings = load_config(config, overrides or ())
     _start(quiet)
-    from rdd_flows.flows import LOG_FILE, build_maps_flow
+    _require_one_process()
+    from rdd_flows.flows import build_maps_flow
+    from rdd_flows.recording import LOG_FILE
 
     built = _with_log(settings.run_dir / LOG_FILE, lambda: build_maps_flow(settings))
     _out.print(str(built["path"]), soft_wrap=True)
@@ -367,6 +505,7 @@ def maps_status(path: StorePath) -> None:
     status = store_status(path)
     table = Table(show_header=False, box=None)
     table.add_row("store", status.path)
+    table.add_row("holds", _HOLDS[status.kind])
     table.add_row("fingerprint", status.fingerprint)
     table.add_row("format version", str(status.format_version))
     table.add_row("version", str(status.version) if status.version else "none published yet")
@@ -377,6 +516,11 @@ def maps_status(path: StorePath) -> None:
     table.add_row("on disk", f"{readable_bytes(status.bytes_on_disk)}, {each} an image")
     for name, size in status.arrays.items():
         table.add_row(f"  {name}", f"{readable_bytes(size / max(status.images_done, 1))} an image")
+    if status.growth is not None:
+        growth = status.growth
+        adds = f", adds {', '.join(growth.adds)}" if growth.adds else ""
+        state = f"version {growth.version}{adds}: {growth.images_done} of {growth.images} images"
+        table.add_row("unfinished", f"{state} done; build again to resume")
     holder = lease_holder(path)
     if holder is not None:
         table.add_row("being built by", str(holder))
@@ -518,8 +662,11 @@ def maps_fidelity(
 
 @maps_app.command("repair")
 def maps_repair(path: StorePath, quiet: Quiet = False) -> None:
-    """Restore metadata and mark damaged shards to be built again by 'rdd maps build'."""
-    from rdd_storage import repair_store
+    """Restore metadata and mark damaged shards to be built again by 'rdd maps build'.
+
+    Those of packs are built again by 'rdd data pack'.
+    """
+    from rdd_storage import repair_store, store_status
 
     reporter = _start(quiet)
     with reporter.bar("verify", 1, "objects") as bar:
@@ -536,7 +683,8 @@ def maps_repair(path: StorePath, quiet: Quiet = False) -> None:
             soft_wrap=True,
         )
     if report.reopened:
-        _out.print("build them with: rdd maps build CONFIG", soft_wrap=True)
+        command = "rdd data pack" if store_status(path).kind == "pack" else "rdd maps build"
+        _out.print(f"build them with: {command} CONFIG", soft_wrap=True)
 
 
 @maps_app.command("remove")
@@ -571,26 +719,30 @@ def maps_list(
         ),
     ] = None,
 ) -> None:
-    """List the map stores in a folder, and what they take together."""
+    """List the stores in a folder, packs too, and what they take together."""
     from rdd_storage import find_stores, list_stores
 
     filtered = data is not None or teacher is not None
     # Stores that cannot be read are listed too, unless something is looked for in them.
     stores = (
-        [(status.path, status, "") for status in find_stores(root, teacher=teacher, data=data)]
+        [
+            (status.path, status, "")
+            for status in find_stores(root, teacher=teacher, data=data, kind=None)
+        ]
         if filtered
         else [(store.path, store.status, store.problem) for store in list_stores(root)]
     )
-    table = Table("store", "images", "version", "state", "size", box=None)
+    table = Table("store", "holds", "images", "version", "state", "size", box=None)
     total = 0
     for path, status, problem in stores:
         name = path.rstrip("/").rpartition("/")[2]
         if status is None:
-            table.add_row(name, "", "", problem, "")
+            table.add_row(name, "", "", "", problem, "")
             continue
         total += status.bytes_on_disk
         table.add_row(
             name,
+            _HOLDS[status.kind],
             str(status.images),
             str(status.version or "-"),
             "complete" if status.complete else f"{status.images_done} done",
@@ -612,12 +764,29 @@ def print_results(results: dict[str, Any]) -> None:
         table.add_row(student["name"], method, *_figures(student))
     _out.print(table)
     maps = results["maps"]
+    added = maps["soft_labels_added"]
+    labels = f", soft labels added to {added}" if added else ""
     _out.print(
         f"maps: {maps['images']} images, {readable_bytes(maps['bytes_per_image'])} an image, "
-        f"{maps['images_built']} built in {maps['seconds']:.1f} s"
+        f"{maps['images_built']} built{labels} in {maps['seconds']:.1f} s"
     )
     stages = ", ".join(f"{name} {value:.1f} s" for name, value in results["seconds"].items())
     _out.print(f"stages: {stages}; peak memory {readable_bytes(results['peak_memory_bytes'])}")
+
+
+def print_comparison(tree: dict[str, Any]) -> None:
+    """Print the students of a run by method: means over seeds, and differences to the baseline."""
+    from rdd_pipeline.comparison import notes, table
+
+    header, rows = table(tree)
+    shown = Table(*header, box=None)
+    for column in shown.columns:
+        column.justify = "left" if column.header in ("network", "method") else "right"
+    for row in rows:
+        shown.add_row(*map(_escape, row))
+    _out.print(shown)
+    for note in notes(tree):
+        _out.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 def _figures(result: dict[str, Any]) -> list[str]:
@@ -635,16 +804,29 @@ def _figures(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _require_one_process() -> None:
+    from rdd_pipeline.errors import ConfigError
+
+    if world_size() > 1:
+        raise ConfigError(
+            "torchrun and accelerate launch start 'rdd train' and 'rdd teach' alone; start this "
+            "command once, without them"
+        )
+
+
 def _with_log(path: Path, function: Callable[[], Any]) -> Any:
     """Call a flow; a failure names the log file."""
+    from rdd_flows.server import lost_server, require_server
+
     quiet_prefect()
+    require_server()
     try:
         return function()
     except RddError as error:
         raise _Logged(path, error) from error
     except Exception as error:
         logging.getLogger("rdd").debug("unexpected error", exc_info=error)
-        raise _Logged(path, error) from error
+        raise _Logged(path, lost_server(error) or error) from error
 
 
 class _Logged(Exception):
@@ -678,6 +860,7 @@ def main() -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
+    _err.print("terminated; run the same command again to continue")
     raise SystemExit(128 + number)
 
 

@@ -1,30 +1,14 @@
-"""Prefect's settings for a quiet, offline, embedded server; set before Prefect is imported."""
+"""Where this process logs to."""
 
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
 
-_DEFAULTS = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    # A cold start of the embedded server takes up to half a minute on two cores.
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
-    "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
-}
-
 _LOGGED = (None, "rdd")  # the root, and our own logger, which does not hand on to the root
-
-
-def configure_prefect() -> None:
-    """Set the defaults above; whatever the user has set in the environment wins."""
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
 
 
 def configure_logging(console: Console, *, quiet: bool) -> None:

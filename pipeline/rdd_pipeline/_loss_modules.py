@@ -103,6 +103,8 @@ class LossOutput:
     """Detached 0-d terms by name, each before its weight in the total."""
     diagnostics: Diagnostics | None = None
     """Of relative difficulty distillation alone."""
+    relative: Tensor | None = None
+    """bool (B, H, W): pixels trained on in its second stage, main heads; None before it."""
 
 
 class SupervisedLoss(nn.Module):
@@ -297,7 +299,12 @@ class RDDLoss(nn.Module):
             total = total + self.kd_weight * kd
         weight = signals.weight if share > 0.0 else None
         diagnostics = _diagnose(share, target != settings.ignore_index, weight, second)
-        return LossOutput(total=total, terms=terms, diagnostics=diagnostics)
+        return LossOutput(
+            total=total,
+            terms=terms,
+            diagnostics=diagnostics,
+            relative=None if second is None else second.main.relative,
+        )
 
 
 def _kd_term(outputs: NetworkOutputs, teacher: TeacherSignals | None, temperature: float) -> Tensor:

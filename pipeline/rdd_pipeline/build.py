@@ -7,23 +7,35 @@ shards alone.
 
 from __future__ import annotations
 
+import functools
 import logging
+import platform
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from distributed import Client, LocalCluster, WorkerPlugin, as_completed, get_worker
+from distributed import get_worker
 from distributed.worker import Worker
 
-from rdd_pipeline.config import MapsConfig, NetworkConfig, without_pretrained
+from rdd_pipeline.cluster import (
+    CheckedPlugin,
+    open_client,
+    prepared_workers,
+    require_readable,
+    run_tasks,
+    send_elsewhere,
+)
+from rdd_pipeline.config import ClusterConfig, MapsConfig, NetworkConfig, without_pretrained
 from rdd_pipeline.data import Sample, SegmentationDataset, dataset_digests
+from rdd_pipeline.errors import ClusterError
 from rdd_pipeline.networks import (
     SegmentationNetwork,
     build_network,
@@ -38,8 +50,11 @@ from rdd_pipeline.teacher_views import discrepancy_definition
 from rdd_pipeline.teacher_windows import ImageView
 from rdd_storage import (
     ImageRecord,
+    MapAddition,
     MapSchema,
     MapWriter,
+    RddError,
+    StoreNotFoundError,
     fingerprint,
     store_path,
     store_status,
@@ -47,7 +62,7 @@ from rdd_storage import (
 
 logger = logging.getLogger("rdd.maps")
 
-_PLUGIN = "rdd-teacher"
+_SHARDS_PER_GPU = 2  # one is computed while the other is written, see ShardBuilder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +73,9 @@ class BuildResult:
     fingerprint: str
     images: int
     images_built: int
-    """Images the teacher was run on; 0 when a finished store was reused."""
+    """Images whose maps were made; 0 when a finished store was reused."""
+    soft_labels_added: int
+    """Images of a store without soft labels that were given them."""
     version: int
     """Version of the store that is published now."""
     seconds: float
@@ -70,6 +87,8 @@ def store_identity(
     dataset: SegmentationDataset, network: NetworkConfig, weights: str, maps: MapsConfig
 ) -> dict[str, Any]:
     """Everything that decides a store's content, apart from the images themselves.
+
+    Soft labels are no part of it: a store may get them later, and its other maps stay the same.
 
     Args:
         dataset: The data set the teacher sees.
@@ -89,7 +108,6 @@ def store_identity(
         "method": {"discrepancy": discrepancy_definition(maps.discrepancy, maps.scales),
                    "upsampling": "bilinear, align_corners"},
         "arrays": {
-            "logits": maps.soft_labels,
             "aux_hardness": maps.stores_aux_hardness,
             "shard_images": maps.shard_images,
         },
@@ -106,6 +124,7 @@ class ShardTask:
     weights: Path
     options: PassOptions
     device: str
+    """Torch device; ``auto`` takes what the worker has."""
 
 
 class ShardBuilder:
@@ -113,7 +132,7 @@ class ShardBuilder:
 
     def __init__(self, task: ShardTask) -> None:
         self.task = task
-        self.device = torch.device(task.device)
+        self.device = _device(task.device)
         self.network: SegmentationNetwork = build_network(
             without_pretrained(task.network), task.dataset.num_classes
         )
@@ -148,12 +167,12 @@ class ShardBuilder:
                 pending = self._evaluate(shard, images)
             return self._write(shard, pending)
 
-    def build_all(self, shards: Sequence[int], progress: Callable[[int], object]) -> None:
+    def build_all(self, shards: Sequence[int], progress: Callable[[int, int], object]) -> None:
         """Build shards in order, each computed while the one before is written.
 
         Args:
             shards: Which.
-            progress: Called with the number of images of every shard that is done.
+            progress: Called with every shard that is done, and its number of images.
 
         Raises:
             Exception: The first error; the shards before are done, none after it is.
@@ -164,14 +183,14 @@ class ShardBuilder:
             ThreadPoolExecutor(1, thread_name_prefix="rdd-write") as writing,
         ):
             samples = iter(images)
-            written: Future[int] | None = None
+            written: tuple[int, Future[int]] | None = None
             for shard, own in zip(shards, indices, strict=True):
                 pending = self._evaluate(shard, islice(samples, len(own)))
                 if written is not None:
-                    progress(written.result())
-                written = writing.submit(self._write, shard, pending)
+                    progress(written[0], written[1].result())
+                written = shard, writing.submit(self._write, shard, pending)
             if written is not None:
-                progress(written.result())
+                progress(written[0], written[1].result())
 
     def _indices(self, shard: int) -> list[int]:
         return [self._index[record.image_id] for record in self.task.writer.shard_records(shard)]
@@ -205,30 +224,58 @@ class ShardBuilder:
             raise
 
 
-class TeacherPlugin(WorkerPlugin):
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ClusterError(
+            f"device: cuda was asked for, but torch sees no GPU on {platform.node()}; use device: "
+            "auto, or end the workers there"
+        )
+    return torch.device(name)
+
+
+class TeacherPlugin(CheckedPlugin):
     """Loads the teacher once per Dask worker, late and restarted workers included."""
 
-    def __init__(self, task: ShardTask, threads: int) -> None:
+    def __init__(self, task: ShardTask, threads: int | None) -> None:
+        super().__init__()
         self.task = task
         self.threads = threads
         self.builder: ShardBuilder | None = None
 
-    def setup(self, worker: Worker) -> None:
-        """Load the teacher into this worker."""
-        torch.set_num_threads(self.threads)
-        self.builder = ShardBuilder(self.task)
+    def start(self, worker: Worker) -> None:
+        """Load the teacher into this worker.
+
+        Raises:
+            ClusterError: The weights, the data or the store are not there on its machine.
+        """
+        task = self.task
+        require_readable(task.weights, "the teacher's weights")
+        try:
+            task.dataset.size(0)
+            MapWriter.open(task.writer.path)
+        except (RddError, OSError) as error:
+            raise ClusterError(
+                f"cluster: on {platform.node()}, {error}; data and store have to be where all "
+                "workers find them under these paths"
+            ) from error
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        self.builder = ShardBuilder(task)
 
     def teardown(self, worker: Worker) -> None:
-        """End the threads."""
+        """End the threads and let go of the teacher."""
         if self.builder is not None:
             self.builder.close()
+            self.builder = None
 
 
-def _build_on_worker(shard: int) -> int:
-    plugin = get_worker().plugins[_PLUGIN]
-    if not isinstance(plugin, TeacherPlugin) or plugin.builder is None:
-        raise RuntimeError("the teacher was not loaded into this worker; see its log")
-    return plugin.builder.build(shard)
+def _build_on_worker(shard: int, *, plugin: str) -> int:
+    teacher = get_worker().plugins[plugin]
+    if not isinstance(teacher, TeacherPlugin) or teacher.builder is None:
+        send_elsewhere()
+    return teacher.builder.build(shard)
 
 
 def build_maps(
@@ -241,11 +288,15 @@ def build_maps(
     device: str,
     reporter: Reporter,
     digests: Sequence[str] | None = None,
+    cluster: ClusterConfig | None = None,
+    guard: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> BuildResult:
     """Build, resume, extend or reuse the store of one teacher and data set, and publish it.
 
     Where images were added, changed or removed since the store was published, its next version is
-    built: the teacher sees the new and changed images alone.
+    built: the teacher sees the new and changed images alone. Where soft labels are asked for and
+    the store is without, a version after that adds them: the teacher sees all images again, and
+    no other map is made or written.
 
     Args:
         dataset: Images and labels the teacher runs over once.
@@ -253,11 +304,15 @@ def build_maps(
         weights: Its weights, as :func:`rdd_pipeline.networks.save_weights` writes them.
         maps: What to store and how many workers to use.
         root: Folder or URL of the store; its name carries data set, split and fingerprint.
-        device: Torch device of the teacher pass.
+        device: Torch device of the teacher pass; ``auto`` takes what each worker has.
         reporter: Where progress is shown.
         digests: Digests of the images in the data set's order, if they are known already.
+        cluster: Where the workers are; by default so many of this machine as ``maps`` says.
+        guard: Called with the store's path where there is something to build; what it returns is
+            held while that is done.
 
     Raises:
+        ClusterError: The workers cannot do what is asked of them.
         StoreMismatchError: The store there was built from other settings.
         StoreLockedError: Another process is building this store; the message says which.
         StoreWriteError: The disk is full or not writable; finished shards are kept.
@@ -278,23 +333,31 @@ def build_maps(
     writer = create_writer(path, dataset, network, maps, identity=identity, digests=digests)
     if writer.growth is not None and not writer.growth.empty:
         reporter.say(f"maps: {path} grows to version {writer.version}: {writer.growth}")
-    built = 0
+    task = ShardTask(
+        writer=writer,
+        dataset=dataset,
+        network=network_config,
+        weights=weights,
+        options=replace(options, soft_labels=writer.schema.logits),
+        device=device,
+    )
+    built = added = 0
     if writer.complete and not writer.pending_shards():
         reporter.say(f"maps: reused, all {len(dataset)} images are in {path}")
     else:
-        with writer.lease():
-            built = _build_pending(
-                ShardTask(
-                    writer=writer,
-                    dataset=dataset,
-                    network=network_config,
-                    weights=weights,
-                    options=options,
-                    device=device,
-                ),
-                maps.workers,
-                reporter,
-            )
+        with guard(path), writer.lease():
+            built = _build_pending(task, cluster or ClusterConfig(), maps.workers, reporter)
+            writer.publish()
+    if maps.soft_labels and not writer.schema.logits:
+        writer = MapAddition.plan(path)
+        reporter.say(
+            f"maps: adds soft labels to {len(writer.records)} images of {path}, as version "
+            f"{writer.version}"
+        )
+        with guard(path), writer.lease():
+            options = replace(options, logits_only=True)
+            task = replace(task, writer=writer, options=options)
+            added = _build_pending(task, cluster or ClusterConfig(), maps.workers, reporter)
             writer.publish()
     status = store_status(path)
     return BuildResult(
@@ -303,6 +366,7 @@ def build_maps(
         images=len(dataset),
         version=writer.version,
         images_built=built,
+        soft_labels_added=added,
         seconds=time.perf_counter() - started,
         bytes_on_disk=status.bytes_on_disk,
         bytes_per_image=status.bytes_per_image,
@@ -318,7 +382,13 @@ def create_writer(
     identity: dict[str, Any],
     digests: Sequence[str],
 ) -> MapWriter:
-    """Open or make the store of a teacher and a data set, without maps yet."""
+    """Open or make the store of a teacher and a data set, without maps yet.
+
+    Whether there are soft labels in it ``maps`` decides for a new store alone.
+    """
+    logits = maps.soft_labels
+    with suppress(StoreNotFoundError):
+        logits = MapWriter.open(path).schema.logits
     sizes = [dataset.size(index) for index in range(len(dataset))]
     grids = {size: network.grid_size(*size) for size in set(sizes)}
     records = [
@@ -342,7 +412,7 @@ def create_writer(
         output_stride=network.output_stride,
         shard_images=maps.shard_images,
         aux_hardness=maps.stores_aux_hardness,
-        logits=maps.soft_labels,
+        logits=logits,
         discrepancy=discrepancy_definition(maps.discrepancy, maps.scales),
     )
     return MapWriter.create(
@@ -373,7 +443,9 @@ def pass_options(maps: MapsConfig) -> PassOptions:
     )
 
 
-def _build_pending(task: ShardTask, workers: int, reporter: Reporter) -> int:
+def _build_pending(
+    task: ShardTask, cluster: ClusterConfig, workers: int, reporter: Reporter
+) -> int:
     """Build the shards that are not done; returns their number of images."""
     writer = task.writer
     pending = writer.pending_shards()
@@ -385,62 +457,40 @@ def _build_pending(task: ShardTask, workers: int, reporter: Reporter) -> int:
             f"maps: {len(task.dataset) - images} of {len(task.dataset)} images are done, "
             f"{images} to build"
         )
-    with reporter.bar("teacher pass", images) as bar:
-        if workers == 0:
+    what = "soft labels" if task.options.logits_only else "teacher pass"
+    store = writer.path.rstrip("/").rpartition("/")[2]
+    with reporter.bar(what, images) as bar:
+
+        def done(shard: int, built: int) -> None:
+            logger.debug("%s: shard %d is done, %d images", writer.path, shard, built)
+            bar.advance(built, note=f"shard {shard} of {store}")
+
+        if workers == 0 and cluster == ClusterConfig():
             with closing(ShardBuilder(task)) as builder:
-                builder.build_all(pending, bar.advance)
+                builder.build_all(pending, done)
             return images
-        with _local_cluster(workers) as client:
-            # What the user gave torch here, by OMP_NUM_THREADS or by default, is shared out.
-            threads = max(1, torch.get_num_threads() // workers)
-            client.register_plugin(TeacherPlugin(task, threads), name=_PLUGIN)
-            run_shards(client, pending, bar.advance, window=3 * workers)
+        count = cluster.gpus or cluster.workers or max(workers, 1)
+        # What the user gave torch here, by OMP_NUM_THREADS or by default, is shared out; workers
+        # elsewhere have their own.
+        threads = None if cluster.address else max(1, torch.get_num_threads() // count)
+        gpu = 1 / _SHARDS_PER_GPU if asks_for_gpu(cluster, task.device) else 0.0
+        # Of one store only one build is under way, so that its name cannot meet another's.
+        name = f"rdd-teacher-{writer.fingerprint[:12]}"
+        with (
+            open_client(cluster, workers=workers, threads=2, gpus_each=gpu) as client,
+            prepared_workers(client, TeacherPlugin(task, threads), name),
+        ):
+            run_tasks(
+                client,
+                functools.partial(_build_on_worker, plugin=name),
+                pending,
+                done,
+                name=f"{name}-{secrets.token_hex(4)}",
+                gpus_each=gpu,
+            )
     return images
 
 
-def run_shards(client: Client, shards: list[int], progress: Any, window: int) -> None:
-    """Build shards on the client's workers, at most ``window`` of them submitted at a time.
-
-    Raises:
-        Exception: The first error of any shard, after the shards under way have ended; what is
-            finished stays finished.
-    """
-    waiting = iter(shards)
-
-    def submit_next() -> Any:
-        shard = next(waiting, None)
-        if shard is None:
-            return None
-        return client.submit(_build_on_worker, shard, pure=False, key=f"shard-{shard}")
-
-    first = [future for _ in range(window) if (future := submit_next()) is not None]
-    running = as_completed(first)
-    failure: BaseException | None = None
-    for future in running:
-        if future.status == "finished":
-            progress(future.result())
-        elif failure is None:
-            failure = future.exception()
-        future.release()
-        if failure is None and (following := submit_next()) is not None:
-            running.add(following)
-    if failure is not None:
-        raise failure
-
-
-@contextmanager
-def _local_cluster(workers: int) -> Iterator[Client]:
-    # Two threads, see ShardBuilder; torch parallelises inside. Any free port for the dashboard:
-    # several builds may run.
-    with (
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=2,
-            processes=True,
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.ERROR,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        logger.debug("dask dashboard: %s", client.dashboard_link)
-        yield client
+def asks_for_gpu(cluster: ClusterConfig, device: str) -> bool:
+    """Whether tasks have to ask for a worker with a GPU."""
+    return cluster.gpus > 0 or (cluster.address is not None and device == "cuda")

@@ -25,3 +25,11 @@ class CheckpointError(RddError, ValueError):
 
 class NonFiniteError(RddError, ArithmeticError):
     """The teacher or the loss gave NaN or infinity."""
+
+
+class ClusterError(RddError, RuntimeError):
+    """The Dask workers cannot do what is asked of them, or differ from this machine."""
+
+
+class ClusterUnavailableError(ClusterError, ConnectionError):
+    """The Dask scheduler does not answer, was lost, or has no workers left."""

@@ -4,14 +4,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from rdd_pipeline.data import IGNORE_INDEX, Sample, SegmentationDataset
+from rdd_pipeline.errors import ConfigError
 from rdd_pipeline.networks import SegmentationNetwork
 from rdd_pipeline.progress import Reporter
 
@@ -28,6 +30,10 @@ class Metrics:
     """Intersection over union per class; None for a class that occurs nowhere."""
     confusion: list[list[int]]
     """Pixel counts, rows label, columns prediction."""
+    flip: bool = False
+    """Whether mirrored images were passed too, and probabilities averaged."""
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    """Sizes the images were passed at, as multiples of their own; probabilities were averaged."""
 
     @classmethod
     def from_confusion(cls, confusion: np.ndarray, class_names: tuple[str, ...]) -> Metrics:
@@ -69,6 +75,53 @@ def stack_images(samples: list[Sample], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(images_BHWC).to(device).permute(0, 3, 1, 2).contiguous()
 
 
+def averaged_probs(
+    network: SegmentationNetwork, images: Tensor, *, flip: bool, scales: Sequence[float]
+) -> Tensor:
+    """Mean of the main head's class probabilities over sizes and mirror images.
+
+    Args:
+        network: In evaluation mode.
+        images: uint8 (B, 3, H, W).
+        flip: Pass the mirrored images as well.
+        scales: Sizes, as multiples of the images' own.
+
+    Returns:
+        (B, C, H, W) float32. Logits of each pass are brought to the images' size (bilinear,
+        corners aligned) before the softmax.
+    """
+    size = images.shape[-2:]
+    total: Tensor | None = None
+    for scale in scales:
+        scaled = images
+        if scale != 1.0:
+            sides = [max(1, round(side * scale)) for side in size]
+            scaled = F.interpolate(images / 255.0, sides, mode="bilinear", align_corners=True)
+        for mirrored in (False, True)[: 1 + flip]:
+            logits_BChw = network(scaled.flip(-1) if mirrored else scaled).main.float()
+            logits_BCHW = F.interpolate(logits_BChw, size, mode="bilinear", align_corners=True)
+            probs = logits_BCHW.flip(-1).softmax(1) if mirrored else logits_BCHW.softmax(1)
+            total = probs if total is None else total.add_(probs)
+    if total is None:
+        raise ConfigError("evaluation.scales: expected at least one, got none")
+    return total / (len(scales) * (1 + flip))
+
+
+def predicted_classes(
+    network: SegmentationNetwork,
+    images: Tensor,
+    *,
+    flip: bool = False,
+    scales: Sequence[float] = (1.0,),
+) -> Tensor:
+    """Class of each pixel, int64 (B, H, W); see :func:`averaged_probs` for the arguments."""
+    if flip or tuple(scales) != (1.0,):
+        return averaged_probs(network, images, flip=flip, scales=scales).argmax(1)
+    logits_BChw = network(images).main.float()
+    size = images.shape[-2:]
+    return F.interpolate(logits_BChw, size, mode="bilinear", align_corners=True).argmax(1)
+
+
 @torch.no_grad()
 def evaluate(
     network: SegmentationNetwork,
@@ -78,32 +131,47 @@ def evaluate(
     reporter: Reporter,
     name: str = "evaluate",
     batch_size: int = 4,
+    flip: bool = False,
+    scales: Sequence[float] = (1.0,),
+    rank: int = 0,
+    processes: int = 1,
 ) -> Metrics:
-    """Evaluate on every image at full resolution, single scale, no flip.
+    """Evaluate on every image at full resolution.
 
     Logits are upsampled bilinearly (``align_corners=True``) before the argmax; ignored pixels do
     not count. The network's train/eval mode is restored.
+
+    Args:
+        network: On ``device``.
+        dataset: Images and labels.
+        device: Where the network is.
+        reporter: Shows how far it is.
+        name: What the bar is called.
+        batch_size: Images of equal size that are passed together.
+        flip: Average over mirror images, see :func:`averaged_probs`.
+        scales: Average over sizes, likewise.
+        rank: Number of this process.
+        processes: Processes that share the images; all of them call this function with equal
+            weights, and all get the metrics of the whole.
     """
     # Imported here: it takes seconds, and the workers of a teacher pass need this module too.
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
-
     import rdd_pipeline.networks.torchvision_ops  # noqa: F401  before torchmetrics
+
+    # isort: split
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
 
     training = network.training
     network.eval()
     classes = dataset.num_classes
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    own = list(range(rank, len(dataset), processes))
     try:
-        with reporter.bar(name, len(dataset)) as bar:
-            for samples in image_batches(dataset, list(range(len(dataset))), batch_size):
+        with reporter.bar(name, len(own)) as bar:
+            for samples in image_batches(dataset, own, batch_size):
                 images = stack_images(samples, device)
-                logits_BChw = network(images).main.float()
-                logits_BCHW = F.interpolate(
-                    logits_BChw, images.shape[-2:], mode="bilinear", align_corners=True
-                )
                 labels = torch.from_numpy(np.stack([s.label for s in samples])).to(device)
                 confusion += multiclass_confusion_matrix(
-                    logits_BCHW.argmax(dim=1),
+                    predicted_classes(network, images, flip=flip, scales=scales),
                     labels.long(),
                     num_classes=classes,
                     ignore_index=IGNORE_INDEX,
@@ -111,4 +179,9 @@ def evaluate(
                 bar.advance(len(samples))
     finally:
         network.train(training)
-    return Metrics.from_confusion(confusion.numpy(), dataset.class_names)
+    if processes > 1:
+        on_device = confusion.to(device)
+        torch.distributed.all_reduce(on_device)
+        confusion = on_device.cpu()
+    metrics = Metrics.from_confusion(confusion.numpy(), dataset.class_names)
+    return replace(metrics, flip=flip, scales=list(scales))

@@ -228,6 +228,7 @@ def measure_fidelity(
         identity=store_identity(
             dataset, config.teacher.network, weights_hash(network), config.maps
         ),
+        allow_missing=config.student.allow_missing,
         digests=digests,
     )
     network.to(device)

@@ -35,7 +35,7 @@ from rdd_pipeline.losses import (
     psd_loss,
 )
 from rdd_pipeline.networks import SegmentationNetwork
-from rdd_pipeline.stream import Need
+from rdd_pipeline.stream import ADD_SOFT_LABELS, Need
 from rdd_storage import UnknownArrayError
 
 _PROJECTED = ("cwd_features", "cirkd")
@@ -74,7 +74,9 @@ class CombinedLoss(nn.Module):
             for name, (weight, value) in method(outputs, target, teacher).items():
                 values[name] = value.detach()
                 total = total + weight * value
-        return LossOutput(total=total, terms=values, diagnostics=result.diagnostics)
+        return LossOutput(
+            total=total, terms=values, diagnostics=result.diagnostics, relative=result.relative
+        )
 
 
 def build_loss(
@@ -196,8 +198,8 @@ def _needs(student: StudentConfig, has_aux: bool, aux_known: bool) -> frozenset[
 def _logits(outputs: NetworkOutputs, teacher: TeacherSignals) -> tuple[Tensor, Tensor]:
     if teacher.logits is None:
         raise UnknownArrayError(
-            "TeacherSignals.logits: expected (B, C, h, w), got None; build maps with "
-            "maps.soft_labels: true, or choose a method that does without"
+            "TeacherSignals.logits: expected (B, C, h, w), got None; set maps.soft_labels: true, "
+            f"or choose a method that does without. {ADD_SOFT_LABELS}"
         )
     return outputs.main, teacher.logits
 

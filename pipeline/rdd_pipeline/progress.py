@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -26,9 +26,17 @@ _LOG_INTERVAL_SECONDS = 15.0
 class Bar:
     """One piece of work under way; made by :meth:`Reporter.bar`."""
 
-    def __init__(self, name: str, total: int, unit: str, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        unit: str,
+        progress: Progress | None,
+        watch: Callable[[str, int, int], object] | None = None,
+    ) -> None:
         self._name, self._total, self._unit = name, total, unit
         self._progress = progress
+        self._watch = watch
         self._done = 0
         self._initial = 0
         self._started = self._logged = time.monotonic()
@@ -49,6 +57,8 @@ class Bar:
         self._done += amount
         if note is not None:
             self._note = note
+        if self._watch is not None:
+            self._watch(self._name, self._done, self._total)
         now = time.monotonic()
         rate = (self._done - self._initial) * items / max(now - self._started, 1e-9)
         if self._progress is not None and self._task is not None:
@@ -85,16 +95,23 @@ class Reporter:
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         self.console = console or Console(stderr=True)
         self.quiet = quiet
+        self.watch: Callable[[str, int, int], object] | None = None
+        """Called at every step of a bar with its name, what is done of it, and all; it must be
+        quick."""
 
     def say(self, message: str) -> None:
         """Tell the user a fact or decision, in one line."""
         logger.info(message)
 
+    def warn(self, message: str) -> None:
+        """Tell the user, in one line, what is likely not wanted."""
+        logger.warning(message)
+
     @contextmanager
     def bar(self, name: str, total: int, unit: str = "images") -> Iterator[Bar]:
         """Show a bar for ``total`` steps of work while the context is open."""
         if self.quiet or not self.console.is_terminal:
-            yield Bar(name, total, unit, None)
+            yield Bar(name, total, unit, None, self.watch)
             return
         with Progress(
             TextColumn("{task.description:<24}"),
@@ -106,7 +123,7 @@ class Reporter:
             TextColumn("[dim]{task.fields[note]}"),
             console=self.console,
         ) as progress:
-            yield Bar(name, total, unit, progress)
+            yield Bar(name, total, unit, progress, self.watch)
 
 
 _current = Reporter()

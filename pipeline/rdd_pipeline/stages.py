@@ -12,22 +12,27 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import os
 import platform
-import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from rdd_pipeline.build import BuildResult, build_maps
 from rdd_pipeline.config import (
     DataConfig,
+    EvaluationConfig,
+    NetworkConfig,
     RunConfig,
     StudentConfig,
     TrainingConfig,
@@ -38,6 +43,7 @@ from rdd_pipeline.data import (
     build_dataset,
     check_dataset,
     dataset_digests,
+    from_pack,
 )
 from rdd_pipeline.errors import ConfigError
 from rdd_pipeline.evaluate import Metrics, evaluate
@@ -54,10 +60,22 @@ from rdd_pipeline.networks import (
     save_weights,
     weights_hash,
 )
+from rdd_pipeline.overlays import overlay_pictures
+from rdd_pipeline.processes import (
+    is_main_process,
+    join_processes,
+    main_process_first,
+    peak_memory_bytes,
+    rank,
+    wait_for_everyone,
+    world_size,
+)
 from rdd_pipeline.progress import Reporter
+from rdd_pipeline.stream import mapped_images, require_arrays
 from rdd_pipeline.student import PreparedStudent, prepare_student
 from rdd_pipeline.teacher_views import discrepancy_definition
 from rdd_pipeline.trainer import TrainingResult, train
+from rdd_pipeline.training_state import BEST_FOLDER
 from rdd_storage import (
     MapReader,
     StoreMismatchError,
@@ -67,9 +85,13 @@ from rdd_storage import (
 )
 
 RESULT_FILE = "result.json"
+RESULTS_FILE = "results.json"
 
 # Settings that change how a training is watched or loaded, but not its outcome.
-_NOT_DECISIVE = {"workers", "checkpoint_every", "evaluate_every", "log_every"}
+_NOT_DECISIVE = {
+    *("workers", "checkpoint_every", "log_every"),
+    *("evaluate_every", "evaluation", "keep_best", "overlays"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,8 +131,15 @@ def check_data(config: RunConfig, reporter: Reporter) -> None:
             check_dataset(dataset, progress=bar.advance)
 
 
-def run_teacher(config: RunConfig, reporter: Reporter) -> TrainedNetwork:
-    """Train the teacher, or load its checkpoint, or both, unless that was done before."""
+def run_teacher(config: RunConfig, reporter: Reporter, *, keep: bool = False) -> TrainedNetwork:
+    """Train the teacher, or load its checkpoint, or both, unless that was done before.
+
+    Args:
+        config: The run.
+        reporter: Where progress is shown.
+        keep: Take a teacher that is trained already although images were added or changed since.
+    """
+    join_processes(resolve_device(config.device))
     directory = config.run_dir / "teacher"
     train_set, val_set = build_dataset(config.data, "train"), build_dataset(config.data, "val")
     teacher = config.teacher
@@ -121,7 +150,7 @@ def run_teacher(config: RunConfig, reporter: Reporter) -> TrainedNetwork:
     }
     if teacher.training is not None:
         settings["training"] = _decisive(teacher.training)
-        settings["images"] = images_digest(config.data)
+        settings["images"] = (keep and _trained_on(directory)) or images_digest(config.data)
         settings |= {"heads_only": True} if teacher.heads_only else {}
     if teacher.checkpoint is not None:
         settings["checkpoint"] = _checkpoint_digest(teacher.checkpoint)
@@ -132,17 +161,20 @@ def run_teacher(config: RunConfig, reporter: Reporter) -> TrainedNetwork:
     if teacher.checkpoint is None and teacher.training is None:
         network = _ready_teacher(config, train_set.num_classes, reporter)
         settings["weights"] = weights_hash(network)
-    reused = _reuse(directory, settings, "teacher", reporter)
+    evaluation = EvaluationConfig() if teacher.training is None else teacher.training.evaluation
+    with main_process_first():
+        reused = _reuse(directory, settings, "teacher", reporter)
     if reused is not None:
-        return reused
+        return _evaluated_as_asked(config, reused, teacher.network, evaluation, val_set, reporter)
 
+    val_set = _from_pack(config, val_set, "val", reporter)
     if teacher.training is None:
         network = network or _ready_teacher(config, train_set.num_classes, reporter)
-        device = resolve_device(config.device)
-        metrics = evaluate(
-            network.to(device), val_set, device=device, reporter=reporter, name="evaluate teacher"
+        metrics = _evaluate(
+            network.to(resolve_device(config.device)), val_set, evaluation, reporter, "teacher"
         )
-        save_weights(network, directory / WEIGHTS_FILE)
+        if is_main_process():
+            save_weights(network, directory / WEIGHTS_FILE)
         result = {"metrics": dataclasses.asdict(metrics),
                   "parameters": parameter_count(network)}  # fmt: skip
     else:
@@ -158,17 +190,31 @@ def run_teacher(config: RunConfig, reporter: Reporter) -> TrainedNetwork:
             StudentConfig(
                 name="teacher", method=("supervised",), network=teacher.network, training=training
             ),
-            train_set,
+            _from_pack(config, train_set, "train", reporter),
             reader=None,
             teacher=None,
             start=start,
         )
         outcome = _train(
-            config, prepared, val_set, teacher.training, config.seed, directory, "teacher", reporter
+            config,
+            prepared,
+            val_set,
+            teacher.training,
+            config.seed,
+            directory,
+            "teacher",
+            reporter,
+            _in_words(teacher.network),
         )
         result = dataclasses.asdict(outcome)
-    describe_network(directory, teacher.network, train_set)
+    _describe(directory, teacher.network, train_set)
     return _finish(directory, settings, result, "teacher")
+
+
+def _trained_on(directory: Path) -> str | None:
+    """Digest of the images that a finished training saw; None where there is none."""
+    file = directory / RESULT_FILE
+    return read_json(file)["settings"].get("images") if file.exists() else None
 
 
 def _ready_teacher(config: RunConfig, num_classes: int, reporter: Reporter) -> SegmentationNetwork:
@@ -210,18 +256,41 @@ def ready_teacher(config: RunConfig, reporter: Reporter) -> SegmentationNetwork 
     return _ready_teacher(config, num_classes, reporter)
 
 
-def run_maps(config: RunConfig, teacher: TrainedNetwork, reporter: Reporter) -> BuildResult:
-    """Build, resume or reuse the map store of the training split."""
+def run_maps(
+    config: RunConfig,
+    teacher: TrainedNetwork,
+    reporter: Reporter,
+    guard: Callable[[str], AbstractContextManager[object]] = nullcontext,
+) -> BuildResult:
+    """Build, resume or reuse the map store of the training split.
+
+    Args:
+        config: The run.
+        teacher: Its teacher.
+        reporter: Where progress is shown.
+        guard: What to hold while the store is built, see :func:`rdd_pipeline.build.build_maps`.
+    """
     return build_maps(
         build_dataset(config.data, "train"),
         config.teacher.network,
         teacher.weights,
         maps=config.maps,
         root=config.maps_root,
-        device=str(resolve_device(config.device)),
+        device=maps_device(config),
         reporter=reporter,
         digests=image_digests(config.data),
+        cluster=config.cluster,
+        guard=guard,
     )
+
+
+def maps_device(config: RunConfig) -> str:
+    """Device of the teacher pass; at a cluster elsewhere each worker says what ``auto`` is."""
+    if config.cluster.gpus:
+        return "cuda"
+    if config.cluster.address is not None:
+        return config.device
+    return str(resolve_device(config.device))
 
 
 def run_student(
@@ -245,6 +314,7 @@ def run_student(
         StoreMismatchError: The store does not fit the data, or comes from another teacher than
             the one that is loaded.
     """
+    join_processes(resolve_device(config.device))
     directory = config.run_dir / "students" / student.name
     train_set, val_set = build_dataset(config.data, "train"), build_dataset(config.data, "val")
     training = config.student_training(student)
@@ -258,6 +328,8 @@ def run_student(
                 "run 'rdd maps build' first"
             )
         reader = MapReader(store)
+        if student.distils_logits:  # before an earlier result is set aside
+            require_arrays(reader, ["logits"])
     live, live_weights = None, ""
     if student.needs_teacher:
         if teacher is None:
@@ -280,23 +352,43 @@ def run_student(
         },
         "teacher": None if live is None else _live_settings(config, student, live_weights),
         "store": reader.fingerprint if reader is not None else None,
-        "store_version": reader.version if reader is not None else None,
+        # Arrays that were added since are no reason to train again.
+        "store_version": reader.images_version if reader is not None else None,
         "data": train_set.identity(),
         "images": images_digest(config.data),
     }
-    reused = _reuse(directory, settings, f"student {student.name}", reporter)
+    if training.shuffle == "shards":
+        settings["shard_images"] = (
+            config.maps.shard_images if reader is None else reader.schema.shard_images
+        )
+    left_out = 0
+    if reader is not None and config.student.allow_missing:
+        trained = len(mapped_images(train_set, reader))
+        left_out = len(train_set) - trained
+        settings |= {"trained_images": trained} if left_out else {}
+    with main_process_first():
+        reused = _reuse(directory, settings, f"student {student.name}", reporter)
     if reused is not None:
-        return reused
+        return _evaluated_as_asked(
+            config, reused, network_config, training.evaluation, val_set, reporter
+        )
 
-    if reader is not None:
+    if reader is not None and is_main_process():
         try:
             record_use(
                 reader.path, reader.version, run=f"{config.name}/{student.name}", details=settings
             )
         except StoreWriteError as error:  # a shared store may well be read-only for its users
             reporter.say(f"{student.name}: the store does not record this use ({error})")
+    if left_out:
+        reporter.say(
+            f"{student.name}: {left_out} of {len(train_set)} images have no maps in {store} and "
+            "are left out of its training"
+        )
     if live is not None:
         reporter.say(f"{student.name}: {'+'.join(student.method)} runs the teacher on every crop")
+    train_set = _from_pack(config, train_set, "train", reporter)
+    val_set = _from_pack(config, val_set, "val", reporter)
     prepared = prepare_student(
         config,
         student,
@@ -305,8 +397,18 @@ def run_student(
         teacher=live,
         digests=None if reader is None else image_digests(config.data),
     )
-    outcome = _train(config, prepared, val_set, training, seed, directory, student.name, reporter)
-    describe_network(directory, network_config, train_set)
+    outcome = _train(
+        config,
+        prepared,
+        val_set,
+        training,
+        seed,
+        directory,
+        student.name,
+        reporter,
+        _in_words(network_config),
+    )
+    _describe(directory, network_config, train_set)
     return _finish(directory, settings, dataclasses.asdict(outcome), student.name)
 
 
@@ -344,11 +446,15 @@ def _train(
     directory: Path,
     name: str,
     reporter: Reporter,
+    network: str,
 ) -> TrainingResult:
     def evaluate_on_val(candidate: SegmentationNetwork, device: torch.device) -> Metrics:
-        return evaluate(
-            candidate, val_set, device=device, reporter=reporter, name=f"evaluate {name}"
-        )
+        return _evaluate(candidate, val_set, training.evaluation, reporter, name)
+
+    def overlays_of_val(
+        candidate: SegmentationNetwork, device: torch.device
+    ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        return overlay_pictures(candidate, val_set, training.overlays, device)
 
     return train(
         prepared.model,
@@ -362,11 +468,85 @@ def _train(
         reporter=reporter,
         name=name,
         device=str(resolve_device(config.device)),
+        overlays=overlays_of_val if training.overlays else None,
+        network=network,
     )
 
 
+def _evaluate(
+    network: SegmentationNetwork,
+    dataset: SegmentationDataset,
+    evaluation: EvaluationConfig,
+    reporter: Reporter,
+    name: str,
+) -> Metrics:
+    """Evaluate a network where it is; all training processes share the images."""
+    return evaluate(
+        network,
+        dataset,
+        device=network.mean.device,
+        reporter=reporter,
+        name=f"evaluate {name}",
+        batch_size=evaluation.batch_size,
+        flip=evaluation.flip,
+        scales=evaluation.scales,
+        rank=rank(),
+        processes=world_size(),
+    )
+
+
+def _evaluated_as_asked(
+    config: RunConfig,
+    reused: TrainedNetwork,
+    network: NetworkConfig,
+    evaluation: EvaluationConfig,
+    val_set: SegmentationDataset,
+    reporter: Reporter,
+) -> TrainedNetwork:
+    """An earlier result, evaluated anew if it was evaluated in another way."""
+    metrics = reused.result["metrics"]
+    known = metrics.get("flip", False), metrics.get("scales", [1.0])
+    if known == (evaluation.flip, list(evaluation.scales)):
+        return reused
+    reporter.say(f"{reused.name}: its evaluation changed, so it is evaluated again")
+    candidate = build_network(without_pretrained(network), val_set.num_classes)
+    load_weights(candidate, reused.weights)
+    candidate.to(resolve_device(config.device))
+    found = _evaluate(candidate, val_set, evaluation, reporter, reused.name)
+    result = reused.result | {"metrics": dataclasses.asdict(found)}
+    if is_main_process():
+        write_json(reused.weights.with_name(RESULT_FILE), result)
+    wait_for_everyone()
+    return dataclasses.replace(reused, result=result)
+
+
+def _in_words(network: NetworkConfig) -> str:
+    """A network's settings in one line, for messages."""
+    settings = network.model_dump(mode="json", exclude_defaults=True)
+    return ", ".join([network.type, *(f"{key} {value}" for key, value in settings.items())])
+
+
+def _describe(directory: Path, network: NetworkConfig, dataset: SegmentationDataset) -> None:
+    """Make the folders of last and best weights loadable."""
+    if is_main_process():
+        describe_network(directory, network, dataset)
+        if (directory / BEST_FOLDER).is_dir():
+            describe_network(directory / BEST_FOLDER, network, dataset)
+
+
 def _decisive(training: TrainingConfig) -> dict[str, Any]:
-    return training.model_dump(mode="json", exclude=_NOT_DECISIVE)
+    # At their defaults, which are what was done before there were these settings, they go unsaid:
+    # earlier results stay valid.
+    unsaid = {"jitter"} if training.jitter is None else set()
+    if training.shuffle == "images":
+        unsaid |= {"shuffle", "shuffle_buffer"}
+    defaults = TrainingConfig.model_fields
+    unsaid |= {
+        key
+        for key in ("accumulate", "channels_last", "compile", "ema")
+        if getattr(training, key) == defaults[key].default
+    }
+    return training.model_dump(mode="json", exclude=_NOT_DECISIVE | unsaid)
 
 
 @functools.lru_cache(maxsize=8)
@@ -379,6 +559,21 @@ def image_digests(data: DataConfig, split: Literal["train", "val"] = "train") ->
     """Digests of a split's images and labels, read once per process: a run takes its data as
     they were at its start."""
     return _cached_digests(data.model_dump_json(), split)
+
+
+def _from_pack(
+    config: RunConfig,
+    dataset: SegmentationDataset,
+    split: Literal["train", "val"],
+    reporter: Reporter,
+) -> SegmentationDataset:
+    """A split that is about to be read many times, from its pack as far as that fits."""
+    return from_pack(
+        dataset,
+        config.data,
+        digests=lambda: image_digests(config.data, split),
+        say=reporter.say,
+    )
 
 
 def forget_digests() -> None:
@@ -431,19 +626,23 @@ def _reuse(
                     result=result,
                 )
             return None
-        aside = _set_aside(directory)
+        # What was trained from an earlier version of the store is found by that version.
+        version = found.get("store_version")
+        aside = _set_aside(directory, None if version == settings.get("store_version") else version)
         difference = "; ".join(identity_difference(settings, found)[:5])
         reporter.say(f"{name}: settings changed ({difference}); earlier result kept in {aside}")
     write_json(settings_file, settings)
     return None
 
 
-def _set_aside(directory: Path) -> Path:
+def _set_aside(directory: Path, version: int | None) -> Path:
+    """Rename a folder to a free name: ``.previous/NAME@vVERSION``, or ``.previous/NAME-NUMBER``."""
     previous = directory.parent / ".previous"
     previous.mkdir(exist_ok=True)
-    number = 1
-    while (aside := previous / f"{directory.name}-{number}").exists():
-        number += 1
+    names = [] if version is None else [f"{directory.name}@v{version}"]
+    numbered = (f"{directory.name}-{number}" for number in itertools.count(1))
+    free = (previous / name for name in itertools.chain(names, numbered))
+    aside = next(path for path in free if not path.exists())
     directory.rename(aside)
     return aside
 
@@ -451,8 +650,10 @@ def _set_aside(directory: Path) -> Path:
 def _finish(
     directory: Path, settings: dict[str, Any], result: dict[str, Any], name: str
 ) -> TrainedNetwork:
-    result = result | {"finished": _now(), "settings": settings}
-    write_json(directory / RESULT_FILE, result)
+    result = result | {"finished": now(), "settings": settings}
+    if is_main_process():
+        write_json(directory / RESULT_FILE, result)
+    wait_for_everyone()
     return TrainedNetwork(name=name, weights=directory / WEIGHTS_FILE, reused=False, result=result)
 
 
@@ -468,34 +669,13 @@ def write_results(
     Students trained earlier from the same data are listed too, marked ``in_this_run: false``.
     """
     train_set = build_dataset(config.data, "train")
-    named = {student.name: student for student in students}
-    folder = config.run_dir / "students"
-    rows = []
-    for name in [*named, *sorted(p.name for p in folder.iterdir() if p.name not in named)]:
-        file = folder / name / RESULT_FILE
-        if name.startswith(".") or not file.exists():
-            continue
-        entry = read_json(file)
-        if entry["settings"]["images"] != images_digest(config.data):
-            continue
-        if entry["settings"]["store"] not in (None, maps.fingerprint):
-            continue
-        rows.append(
-            entry
-            | {
-                "name": name,
-                "method": entry["settings"]["method"],
-                "label": _method_label(entry["settings"]),
-                "in_this_run": name in named,
-                "reused": name not in named or named[name].reused,
-            }
-        )
-    path = config.run_dir / "results.json"
+    named = {student.name: student.reused for student in students}
+    path = config.run_dir / RESULTS_FILE
     write_json(
         path,
         {
             "name": config.name,
-            "finished": _now(),
+            "finished": now(),
             "machine": machine(),
             "config": config.model_dump(mode="json"),
             "data": {
@@ -506,12 +686,54 @@ def write_results(
             },
             "teacher": teacher.result | {"reused": teacher.reused},
             "maps": dataclasses.asdict(maps),
-            "students": rows,
+            "students": _student_rows(config, maps.fingerprint, named),
             "seconds": seconds,
             "peak_memory_bytes": peak_memory_bytes(),
         },
     )
     return path
+
+
+def update_students(config: RunConfig, named: Mapping[str, bool]) -> Path | None:
+    """List students that were trained since in ``results.json``; None where no run made one.
+
+    Args:
+        config: The run.
+        named: Students of this command, and whether an earlier one had finished them.
+    """
+    path = config.run_dir / RESULTS_FILE
+    if not path.exists():
+        return None
+    results = read_json(path)
+    rows = _student_rows(config, results["maps"]["fingerprint"], named)
+    write_json(path, results | {"students": rows})
+    return path
+
+
+def _student_rows(config: RunConfig, store: str, named: Mapping[str, bool]) -> list[dict[str, Any]]:
+    """The finished students of a run's folder, those of this command first."""
+    folder = config.run_dir / "students"
+    rows = []
+    for name in [*named, *sorted(p.name for p in folder.iterdir() if p.name not in named)]:
+        file = folder / name / RESULT_FILE
+        if name.startswith(".") or not file.exists():
+            continue
+        entry = read_json(file)
+        if entry["settings"]["images"] != images_digest(config.data):
+            continue
+        if entry["settings"]["store"] not in (None, store):
+            continue
+        rows.append(
+            entry
+            | {
+                "name": name,
+                "method": entry["settings"]["method"],
+                "label": _method_label(entry["settings"]),
+                "in_this_run": name in named,
+                "reused": name not in named or named[name],
+            }
+        )
+    return rows
 
 
 def _method_label(settings: dict[str, Any]) -> str:
@@ -535,16 +757,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def peak_memory_bytes() -> int:
-    """Largest resident memory of this process, or of one of its children, so far."""
-    usage = max(
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,
-    )
-    return usage * (1 if sys.platform == "darwin" else 1024)
-
-
-def _now() -> str:
+def now() -> str:
+    """The time as results hold it."""
     return datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds")
 
 

@@ -9,18 +9,15 @@ stopped.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import multiprocessing
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from multiprocessing.context import BaseContext
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
+from rdd_pipeline.config import JitterConfig
 from rdd_pipeline.data import Progress, SegmentationDataset, dataset_digests
 from rdd_pipeline.data.geometry import (
     CropWindow,
@@ -29,15 +26,20 @@ from rdd_pipeline.data.geometry import (
     covered_points,
     crop_image,
     crop_nearest,
+    field_places,
     field_window,
+    inside,
+    largest_field_window,
     pixel_window,
     random_crop,
     resample_field,
 )
+from rdd_pipeline.data.jitter import jitter_colours
 from rdd_pipeline.errors import ConfigError, DataError, ImageReadError
-from rdd_storage import ImageRecord, MapReader, UnknownArrayError
+from rdd_storage import ImageRecord, MapReader, StoreMismatchError, UnknownArrayError
 
 Need = Literal["weight", "true_prob", "aux_true_prob", "logits"]
+Shuffle = Literal["images", "shards"]
 
 _ARRAYS: dict[Need, str] = {
     "weight": "discrepancy",
@@ -49,8 +51,13 @@ _HOW_TO_STORE: dict[Need, str] = {
     "aux_true_prob": "maps.aux_hardness: true",
     "logits": "maps.soft_labels: true",
 }
-# Second word of the random seeds: an epoch's order and a sample's crop must never share one.
-_ORDER, _CROP = 0, 1
+ADD_SOFT_LABELS = (
+    "'rdd maps build CONFIG --set maps.soft_labels=true' adds logits to a store that has none and "
+    "leaves its other maps as they are"
+)
+# Second word of the random seeds, so that no two uses share one; fidelity.py has 2.
+_ORDER, _CROP, _JITTER = 0, 1, 3
+_LISTED_MISSING = 20
 
 
 class MapStream(Dataset[dict[str, torch.Tensor]]):
@@ -66,14 +73,19 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
     ``image``               uint8 (3, H, W)   RGB
     ``label``               uint8 (H, W)      255 where ignored, padding included
     ``index``               int64 ()          index of the image in the data set
-    ``weight``              float32 (H, W)    TFE weight in (0, 1]; 1 in the padding
+    ``weight_field``        float32 (., .)    part of the TFE weight at the teacher's output grid,
+                                              in (0, 1]; filled up to a size common to all
+    ``weight_rows``         float64 (H,)      where the crop's rows lie on it; -1 in the padding
+    ``weight_columns``      float64 (W,)      its columns
     ``true_prob_code``      uint8 or 16 (H,W) hardness code of the teacher's main head
     ``aux_true_prob_code``  like it           of its auxiliary head
     ``logits``              float16 (C, h, w) teacher's logits at the student's output grid
     ``logits_valid``        bool (h, w)       False at grid points in the padding
     ======================  ================  ====================================================
 
-    The last five are there as ``needs`` and ``mark_padding`` ask for them.
+    All but the first three are there as ``needs`` and ``mark_padding`` ask for them. The weight is
+    sampled at the crop's pixels on the training device, by
+    :func:`rdd_pipeline.signals.expand_weight`.
 
     Args:
         dataset: Images and labels.
@@ -82,11 +94,18 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
         scale: Range of the random scale.
         flip: Probability of a horizontal flip.
         seed: Seed of order and crops, 0 or more.
+        jitter: Random changes of the image's colours, drawn apart from everything else; the maps
+            are those of the image as it is stored.
+        shuffle: Order of an epoch: all images at random, or shard by shard; see
+            :func:`shard_order`.
+        shuffle_buffer: Images that ``shards`` mixes with each other.
+        shard_images: Consecutive images taken for a shard where there is no store.
         length: Number of samples: iterations x batch size x processes.
         needs: Which of ``weight``, ``true_prob``, ``aux_true_prob`` and ``logits`` to give.
         grid_size: Output grid of the student for a crop; needed for ``logits``.
         mark_padding: Give ``logits_valid`` without stored logits too, for a teacher in memory.
         identity: Identity expected of the store; None expects the data set's part of it alone.
+        allow_missing: Leave images without maps out instead of refusing the store.
         digests: Digests of the data set's images in its order, if they are known already.
         progress: Called with the number of images digested since the last call.
         ram_budget: Bytes per process for maps kept in memory once read. An array of the store is
@@ -95,8 +114,8 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
 
     Raises:
         DataError: The data set is empty.
-        StoreMismatchError: The store was built from other images, labels or settings, or lacks
-            images of the data set; all are listed.
+        StoreMismatchError: The store was built from other images, labels or settings; or it lacks
+            images of the data set, which are listed, or all of them.
         StoreIncompleteError: The store is not built to the end.
         UnknownArrayError: The store was built without a map that is needed.
         ConfigError: The seed is negative.
@@ -111,12 +130,17 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
         crop_size: Size,
         scale: tuple[float, float] = (1.0, 1.0),
         flip: float = 0.0,
+        jitter: JitterConfig | None = None,
+        shuffle: Shuffle = "images",
+        shuffle_buffer: int = 256,
+        shard_images: int = 16,
         seed: int = 0,
         length: int,
         needs: Collection[Need] = (),
         grid_size: Size | None = None,
         mark_padding: bool = False,
         identity: Mapping[str, Any] | None = None,
+        allow_missing: bool = False,
         digests: Sequence[str] | None = None,
         progress: Progress | None = None,
         ram_budget: int = 2**30,
@@ -133,24 +157,37 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
         self.dataset = dataset
         self.reader = reader
         self.crop_size, self.scale, self.flip = crop_size, scale, flip
+        self.jitter = jitter
+        self.shuffle, self.shuffle_buffer = shuffle, shuffle_buffer
         self.seed, self.length = seed, length
         self.needs = tuple(need for need in _ARRAYS if need in needs)
         self.grid_size = grid_size
         self.mark_padding = mark_padding
         self._kept: frozenset[Need] = frozenset()
         self._sizes: dict[int, Size] = {}
+        self._field_size: Size = (1, 1)
+        self._indices = np.arange(len(dataset))
+        self._shards = self._indices // shard_images
         if reader is not None:
-            _require_arrays(reader, self.needs)
+            require_arrays(reader, self.needs)
             if digests is None:
                 digests = dataset_digests(dataset, progress)
             if identity is None:
                 identity = reader.identity
                 if "data" in identity:
                     identity = {**identity, "data": dataset.identity()}
-            reader.check(identity, dict(zip(dataset.image_ids, digests, strict=True)))
-            records = [reader.record(image_id) for image_id in dataset.image_ids]
-            self._sizes = {i: (r.height, r.width) for i, r in enumerate(records)}
+            self._indices = mapped_images(dataset, reader)
+            mapped = {i: dataset.image_ids[i] for i in self._indices.tolist()}
+            reader.check(identity, {image_id: digests[i] for i, image_id in mapped.items()})
+            if not mapped or (len(mapped) < len(dataset) and not allow_missing):
+                raise _missing_error(dataset, reader, self._indices)
+            rows = np.array([reader.row(image_id) for image_id in mapped.values()])
+            self._shards = rows // reader.schema.shard_images
+            records = [reader.record(image_id) for image_id in mapped.values()]
+            self._sizes = {i: (r.height, r.width) for i, r in zip(mapped, records, strict=True)}
             self._kept = _kept_in_ram(self.needs, records, reader, ram_budget)
+            if "weight" in self.needs:
+                self._field_size = _field_size(records, crop_size, scale[0])
         elif self.needs:
             raise ValueError(f"reader: needed for {', '.join(self.needs)}, got None")
         self._maps: dict[tuple[Need, int], NDArray[Any]] = {}
@@ -174,22 +211,36 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
             flip=self.flip,
         )
         try:
-            return self.sample(index, window)
+            sample = self.sample(index, window)
         except Exception as error:
             error.add_note(f"at position {k} of the stream, image {self.dataset.image_ids[index]}")
             raise
+        if self.jitter is not None:
+            # Padding keeps its colour, which networks see as zero.
+            shown_HWC = sample["image"].permute(1, 2, 0).numpy()[inside(window)]
+            rng = np.random.default_rng([self.seed, _JITTER, k])
+            shown_HWC[:] = jitter_colours(shown_HWC, self.jitter, rng)
+        return sample
+
+    @property
+    def images(self) -> int:
+        """Number of images that are trained on: an epoch."""
+        return len(self._indices)
 
     def image_index(self, k: int) -> int:
         """Index in the data set of the image at position ``k``."""
-        count = len(self.dataset)
-        epoch, place = divmod(k, count)
+        epoch, place = divmod(k, self.images)
         order = self._orders.get(epoch)
         if order is None:
-            order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(count)
+            rng = np.random.default_rng([self.seed, _ORDER, epoch])
+            if self.shuffle == "shards":
+                order = shard_order(rng, self._shards, self.shuffle_buffer)
+            else:
+                order = rng.permutation(self.images)
             # A batch may span two epochs; older ones do not come back.
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
             self._orders[epoch] = order
-        return int(order[place])
+        return int(self._indices[order[place]])
 
     def sample(self, index: int, window: CropWindow) -> dict[str, torch.Tensor]:
         """One image, label and maps under a given crop.
@@ -253,9 +304,15 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
             part = windows.get(need)
             origin = (0, 0) if part is None else (part[0].start, part[1].start)
             if need == "weight":
+                if part is None:
+                    part = field_window(window, field_size)
+                    array = array[part]
                 # Exponent before interpolation: the weight is the interpolated exp(-D).
-                maps["weight"] = resample_field(
-                    np.exp(-array.astype(np.float32)), window, field_size, origin=origin, fill=1.0
+                field_hw = np.exp(-array.astype(np.float32))
+                height, width = np.maximum(field_hw.shape, self._field_size) - field_hw.shape
+                maps["weight_field"] = np.pad(field_hw, ((0, height), (0, width)))
+                maps["weight_rows"], maps["weight_columns"] = field_places(
+                    window, field_size, origin=(part[0].start, part[1].start)
                 )
             elif need == "logits":
                 logits_Chw = resample_field(
@@ -274,86 +331,77 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
         return size
 
 
-def make_loader(
-    stream: MapStream,
-    *,
-    batch_size: int,
-    start: int = 0,
-    workers: int = 0,
-    pin_memory: bool = False,
-    rank: int = 0,
-    processes: int = 1,
-) -> DataLoader[dict[str, torch.Tensor]]:
-    """Batches of a stream in order, from a position on; an incomplete last one is left out.
-
-    With several training processes, each takes every ``processes``-th batch. Neither making nor
-    using the loader draws from torch's global random numbers.
-
-    Args:
-        stream: What to load.
-        batch_size: Samples per batch and process.
-        start: Position of the first sample, counted over all processes.
-        workers: Loader processes, started fresh (a fork would break open stores); 0 loads in this
-            process.
-        pin_memory: Put batches into page-locked memory, for asynchronous copies to a GPU.
-        rank: Number of this process.
-        processes: Number of training processes.
-
-    Returns:
-        A loader of dicts, as :class:`MapStream` describes, with a batch dimension in front.
-    """
-    return DataLoader(
-        stream,
-        batch_sampler=_Batches(len(stream), batch_size, start, rank, processes),
-        num_workers=workers,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-        multiprocessing_context=_fresh_processes() if workers else None,
-        worker_init_fn=_start_worker if workers else None,
-        generator=torch.Generator(),
+def mapped_images(dataset: SegmentationDataset, reader: MapReader) -> NDArray[np.int64]:
+    """Indices of the data set's images that the store has maps of."""
+    stored = set(reader.image_ids)
+    return np.array(
+        [i for i, image_id in enumerate(dataset.image_ids) if image_id in stored], dtype=np.int64
     )
 
 
-class _Batches(Sampler[list[int]]):
-    """Consecutive positions, dealt out to the processes batch by batch."""
+def shard_order(
+    rng: np.random.Generator, shards: NDArray[np.int64], buffer: int
+) -> NDArray[np.int64]:
+    """An order of all images that stays within few shards at a time.
 
-    def __init__(self, length: int, batch_size: int, start: int, rank: int, processes: int) -> None:
-        if not 0 <= rank < processes:
-            raise ValueError(f"rank: expected 0 to {processes - 1}, got {rank}")
-        self._batch_size, self._step = batch_size, batch_size * processes
-        self._first = start + rank * batch_size
-        self._count = max(0, (length - start) // self._step)
+    Shards come in random order, their images too, and a shuffle buffer mixes neighbours: an image
+    leaves it up to ``buffer`` images after it came in. So any ``n`` images in a row lie within
+    ``n + 2 * buffer`` images of the shards' order.
 
-    def __len__(self) -> int:
-        return self._count
+    Args:
+        rng: Source of randomness.
+        shards: Shard of each image.
+        buffer: Images that are mixed with each other, 1 or more; 1 keeps shards whole.
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in range(self._count):
-            first = self._first + batch * self._step
-            yield list(range(first, first + self._batch_size))
-
-
-def _fresh_processes() -> BaseContext:
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    # The server imports torch once for all workers of all loaders: they then start in a fraction
-    # of a second. Importing opens no store and starts no thread, so forking the server is safe.
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-def _start_worker(_: int) -> None:
-    """Let a worker keep the memory it has freed (torch has limited its threads already).
-
-    By default glibc hands the arrays of a sample back to the system and faults them in again for
-    the next one, which costs about as much as resampling the image. Elsewhere nothing is done.
+    Returns:
+        int64, a permutation of ``0..len(shards) - 1``.
     """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(trim_threshold, 2**28)
-        libc.mallopt(mmap_threshold, 2**25)
+    _, members = np.unique(shards, return_inverse=True)
+    turn_of_shard = rng.permutation(members.max() + 1)
+    images = rng.permutation(len(shards))
+    in_turn = images[np.argsort(turn_of_shard[members[images]], kind="stable")]
+    # Delays below the buffer's size, sorted: what a buffer that lets each image go when its time
+    # has come would give, without going through it image by image.
+    leaves = np.arange(len(shards)) + buffer * rng.random(len(shards))
+    order: NDArray[np.int64] = in_turn[np.argsort(leaves, kind="stable")]
+    return order
+
+
+def _field_size(records: Sequence[ImageRecord], crop_size: Size, scale: float) -> Size:
+    """What holds the part of the weight's field that any crop of any image needs."""
+    sizes = {((r.height, r.width), (r.grid_height, r.grid_width)) for r in records}
+    heights, widths = zip(
+        *(
+            largest_field_window(
+                source_size=source, field_size=field, crop_size=crop_size, scale=scale
+            )
+            for source, field in sizes
+        ),
+        strict=True,
+    )
+    return max(heights), max(widths)
+
+
+def _missing_error(
+    dataset: SegmentationDataset, reader: MapReader, mapped: NDArray[np.int64]
+) -> StoreMismatchError:
+    missing = np.setdiff1d(np.arange(len(dataset)), mapped)
+    lines = [f"  {dataset.image_ids[index]}" for index in missing[:_LISTED_MISSING]]
+    if len(missing) > _LISTED_MISSING:
+        lines.append(f"  ... and {len(missing) - _LISTED_MISSING} more")
+    remedy = "build their maps with 'rdd maps build CONFIG'"
+    if len(mapped):
+        remedy += ", or leave them out of the training with student.allow_missing: true"
+    return StoreMismatchError(
+        "\n".join(
+            [
+                f"{reader.path}: expected maps of all {len(dataset)} images of {dataset.name} "
+                f"{dataset.split}, found none of these {len(missing)}:",
+                *lines,
+                remedy,
+            ]
+        )
+    )
 
 
 def _kept_in_ram(
@@ -377,12 +425,18 @@ def _kept_in_ram(
     return frozenset(kept)
 
 
-def _require_arrays(reader: MapReader, needs: Sequence[Need]) -> None:
+def require_arrays(reader: MapReader, needs: Sequence[Need]) -> None:
+    """Refuse a store without maps that are needed.
+
+    Raises:
+        UnknownArrayError: The message says how to get them.
+    """
     missing = [need for need in needs if _ARRAYS[need] not in reader.arrays]
     if missing:
         names = ", ".join(_ARRAYS[need] for need in missing)
         settings = " and ".join(_HOW_TO_STORE.get(n, "this version") for n in missing)
+        remedy = f"build maps with {settings}" if missing != ["logits"] else ADD_SOFT_LABELS
         raise UnknownArrayError(
             f"{reader.path}: expected the array(s) {names}, but the store was built without; "
-            f"build maps with {settings}"
+            f"{remedy}"
         )

@@ -4,7 +4,6 @@ from.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from rdd_pipeline.features import FeatureTaps, TappedStudent
 from rdd_pipeline.live_teacher import LiveTeacher
 from rdd_pipeline.methods import build_loss, live_needs, map_needs, tapped, taps_of
 from rdd_pipeline.networks import SegmentationNetwork, build_network
+from rdd_pipeline.processes import world_size
 from rdd_pipeline.signals import SignalDecoder
 from rdd_pipeline.stream import MapStream
 from rdd_pipeline.teacher_views import TeacherViews
@@ -80,13 +80,18 @@ def prepare_student(
         crop_size=training.crop_size,
         scale=training.scale,
         flip=training.flip,
+        jitter=training.jitter,
+        shuffle=training.shuffle,
+        shuffle_buffer=training.shuffle_buffer,
+        shard_images=config.maps.shard_images,
         seed=seed,
-        length=training.iterations * training.batch_size * int(os.environ.get("WORLD_SIZE", "1")),
+        length=training.iterations * training.accumulate * training.batch_size * world_size(),
         needs=map_needs(
             student, has_aux=network.has_aux, arrays=() if reader is None else reader.arrays
         ),
         grid_size=grid_size,
         mark_padding=teacher is not None,
+        allow_missing=config.student.allow_missing,
         digests=digests,
     )
     return PreparedStudent(model=model, loss=loss, stream=stream, signals=signals)
@@ -100,6 +105,11 @@ def _model_and_loss(
     teacher: SegmentationNetwork | None,
 ) -> tuple[SegmentationNetwork | TappedStudent, Loss]:
     """The network with the taps that its methods need, and their loss."""
+    if config.student_training(student).compile and taps_of(student)[0]:
+        raise ConfigError(
+            f"students: '{student.name}' has training.compile: true, but takes features of its "
+            "network, which a compiled one does not give; leave training.compile out"
+        )
     channels = () if teacher is None else FeatureTaps(teacher, taps_of(student)[1]).channels()
     model = tapped(network, student, channels, seed=config.student_seed(student))
     loss = build_loss(

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,11 +85,12 @@ def compare_with_teacher(
     network.to(device).eval()
     stored_ids = set(reader.image_ids)
     known = [i for i, image_id in enumerate(dataset.image_ids) if image_id in stored_ids]
+    options = replace(pass_options(maps), soft_labels=reader.schema.logits)
     chosen = np.random.default_rng(seed).permutation(known)[:images].tolist()
     found: dict[str, list[tuple[float, float, str]]] = {}
     with reporter.bar("compare with teacher", len(chosen)) as bar:
         for index in chosen:
-            [live] = batch_maps(network, [dataset[index]], pass_options(maps), torch.device(device))
+            [live] = batch_maps(network, [dataset[index]], options, torch.device(device))
             for array in reader.arrays:
                 stored = reader.read(array, live.image_id)
                 again = getattr(live, array)

@@ -4,15 +4,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rdd_pipeline._fused import Bands
@@ -25,6 +27,7 @@ from rdd_pipeline.teacher_views import TeacherViews, autocast
 from rdd_pipeline.teacher_windows import AS_IT_IS, ImageView
 from rdd_storage import (
     HARDNESS_IGNORED,
+    ImageLogits,
     ImageMaps,
     encode_confidence,
     encode_hardness,
@@ -55,6 +58,8 @@ class PassOptions:
     """Sizes of the image for ``discrepancy="scales"``."""
     view: ImageView = AS_IT_IS
     """Whether windows slide over large images, and what is averaged."""
+    logits_only: bool = False
+    """Compute nothing but the main head's logits, for stores that have the other maps."""
 
     def views(self, network: SegmentationNetwork) -> TeacherViews:
         """The teacher as these options have it look at images.
@@ -163,8 +168,11 @@ def _upsampled_probs(
         yield upsampled_BCHW.softmax(dim=1), (images, slice(None))
 
 
-class PendingMaps:
-    """Maps of a batch on their way from the device; :meth:`result` waits and quantises.
+_Made = TypeVar("_Made", ImageMaps, ImageLogits)
+
+
+class Pending(ABC, Generic[_Made]):
+    """Arrays of a batch on their way from the device; :meth:`result` waits and quantises.
 
     Args:
         samples: The images.
@@ -184,14 +192,14 @@ class PendingMaps:
         }
         self._samples = samples
         # A copy that blocked would wait for the next batch's pass too, once that has begun.
-        device = arrays["discrepancy"].device
+        device = next(iter(arrays.values())).device
         on_cuda = device.type == "cuda"
         self._arrays = {k: v.to("cpu", non_blocking=on_cuda) for k, v in arrays.items()}
         self._finite = {k: v.to("cpu", non_blocking=on_cuda) for k, v in finite.items()}
         self._copied = torch.cuda.current_stream(device).record_event() if on_cuda else None
 
-    def result(self) -> list[ImageMaps]:
-        """One :class:`rdd_storage.ImageMaps` per image, quantised.
+    def result(self) -> list[_Made]:
+        """One result per image, quantised.
 
         Raises:
             NonFiniteError: The teacher gave NaN or infinity; names the image.
@@ -199,10 +207,30 @@ class PendingMaps:
         if self._copied is not None:
             self._copied.synchronize()
         self._require_finite()
-        return [self._image(i, sample) for i, sample in enumerate(self._samples)]
+        return [
+            self._image(sample, {name: tensor[i].numpy() for name, tensor in self._arrays.items()})
+            for i, sample in enumerate(self._samples)
+        ]
 
-    def _image(self, i: int, sample: Sample) -> ImageMaps:
-        rows = {name: tensor[i].numpy() for name, tensor in self._arrays.items()}
+    @abstractmethod
+    def _image(self, sample: Sample, rows: dict[str, NDArray[Any]]) -> _Made:
+        """Quantise what was computed of one image."""
+
+    def _require_finite(self) -> None:
+        for view, finite_B in self._finite.items():
+            for sample, good in zip(self._samples, finite_B.tolist(), strict=True):
+                if not good:
+                    raise NonFiniteError(
+                        f"image '{sample.image_id}': the teacher's {view} gave NaN or infinity; "
+                        "check the checkpoint and the input normalisation, or use "
+                        "maps.precision: no"
+                    )
+
+
+class PendingMaps(Pending[ImageMaps]):
+    """All maps of a batch."""
+
+    def _image(self, sample: Sample, rows: dict[str, NDArray[Any]]) -> ImageMaps:
         valid = sample.label != IGNORE_INDEX
         for name in {"hardness", "aux_hardness"} & rows.keys():
             if rows[name].dtype != np.uint8:
@@ -218,15 +246,12 @@ class PendingMaps:
             label=sample.label,
         )
 
-    def _require_finite(self) -> None:
-        for view, finite_B in self._finite.items():
-            for sample, good in zip(self._samples, finite_B.tolist(), strict=True):
-                if not good:
-                    raise NonFiniteError(
-                        f"image '{sample.image_id}': the teacher's {view} gave NaN or infinity; "
-                        "check the checkpoint and the input normalisation, or use "
-                        "maps.precision: no"
-                    )
+
+class PendingLogits(Pending[ImageLogits]):
+    """The main head's logits of a batch."""
+
+    def _image(self, sample: Sample, rows: dict[str, NDArray[Any]]) -> ImageLogits:
+        return ImageLogits(image_id=sample.image_id, logits=encode_logits(rows["logits"]))
 
 
 @torch.no_grad()
@@ -260,6 +285,17 @@ def evaluate_batch(
     return PendingMaps(samples, arrays, outputs.views)
 
 
+@torch.no_grad()
+def evaluate_logits(
+    views: TeacherViews, samples: Sequence[Sample], options: PassOptions, device: torch.device
+) -> PendingLogits:
+    """The teacher's logits for images of one size: those that :func:`evaluate_batch` gives."""
+    images = stack_images(list(samples), device)
+    with autocast(device, options.precision):
+        main, _, seen = views.heads(images)
+    return PendingLogits(samples, {"logits": main}, seen)
+
+
 def batch_maps(
     network: SegmentationNetwork,
     samples: Sequence[Sample],
@@ -281,11 +317,12 @@ def batch_maps(
 class PendingShard:
     """Maps of a shard, of which the last are still to be quantised."""
 
-    def __init__(self, places: Sequence[int], batches: Sequence[Future[list[ImageMaps]]]) -> None:
+    def __init__(self, places: Sequence[int], batches: Sequence[Future[list[Any]]]) -> None:
         self._places, self._batches = places, batches
 
-    def result(self) -> list[ImageMaps]:
-        """The maps in the order of the images.
+    def result(self) -> list[Any]:
+        """The maps in the order of the images: :class:`rdd_storage.ImageMaps`, or
+        :class:`rdd_storage.ImageLogits` where nothing else is computed.
 
         Raises:
             NonFiniteError: The teacher gave NaN or infinity; names the image.
@@ -319,9 +356,11 @@ def evaluate_shard(
         TeacherMemoryError: One image alone does not fit into the device's memory.
     """
     places: list[int] = []
-    batches: list[Future[list[ImageMaps]]] = []
+    batches: list[Future[list[Any]]] = []
 
-    def evaluate(part: Sequence[Sample]) -> PendingMaps:
+    def evaluate(part: Sequence[Sample]) -> Pending[Any]:
+        if options.logits_only:
+            return evaluate_logits(views, part, options, device)
         return evaluate_batch(views, part, options, device)
 
     for batch in batches_by_size(iter(samples), limit):

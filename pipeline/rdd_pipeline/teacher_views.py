@@ -125,12 +125,7 @@ class TeacherViews:
             NetworkError: The submodule gave no logits of the classes.
         """
         # The images as they are come first: what hooks see of the first pass is of them.
-        views: dict[str, Tensor] = {}
-        if self.view.averages:
-            main, aux = self._averaged(images_B3HW, views)
-        else:
-            main, aux = self._look(images_B3HW)
-            views |= self._named(main, aux)
+        main, aux, views = self.heads(images_B3HW)
         if aux is not None:
             discrepancy = prediction_discrepancy(main, aux)
         elif self.discrepancy == "flip":
@@ -149,6 +144,23 @@ class TeacherViews:
         else:
             discrepancy = margin_discrepancy(main)
         return TeacherOutputs(main=main, aux=aux, discrepancy=discrepancy, views=views)
+
+    def heads(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Evaluate the heads alone: no discrepancy, and no pass that only that would need.
+
+        Args:
+            images_B3HW: As for a call.
+
+        Returns:
+            ``main``, ``aux`` and ``views`` of :class:`TeacherOutputs`.
+        """
+        views: dict[str, Tensor] = {}
+        if self.view.averages:
+            main, aux = self._averaged(images_B3HW, views)
+        else:
+            main, aux = self._look(images_B3HW)
+            views |= self._named(main, aux)
+        return main, aux, views
 
     def check(self) -> None:
         """Run the teacher once on a blank image, to refuse a wrong submodule before long work.

@@ -9,27 +9,27 @@ disk are Accelerate's.
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from torch.utils.tensorboard import SummaryWriter
+from numpy.typing import NDArray
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rdd_pipeline.config import TrainingConfig
-from rdd_pipeline.errors import CheckpointError, NonFiniteError
+from rdd_pipeline.errors import CheckpointError, ConfigError
 from rdd_pipeline.evaluate import Metrics
 from rdd_pipeline.features import TappedStudent
-from rdd_pipeline.files import read_json, write_json
+from rdd_pipeline.loader import make_loader
 from rdd_pipeline.losses import LossOutput, NetworkOutputs, TeacherSignals
 from rdd_pipeline.networks import (
     SegmentationNetwork,
@@ -37,13 +37,18 @@ from rdd_pipeline.networks import (
     parameter_groups,
     save_weights,
 )
+from rdd_pipeline.nonfinite import LossWatch
+from rdd_pipeline.prefetch import Batch, DevicePrefetcher
+from rdd_pipeline.processes import peak_memory_bytes
 from rdd_pipeline.progress import Reporter
-from rdd_pipeline.stream import MapStream, make_loader
+from rdd_pipeline.stopping import StopSignals
+from rdd_pipeline.stream import MapStream
+from rdd_pipeline.training_log import Averages, Pace, TrainingLog, note
+from rdd_pipeline.training_state import Checkpoints, TrainingState, note_best, save_best
 
-logger = logging.getLogger("rdd.train")
+NONFINITE_FOLDER = "nonfinite"
 
 _WARM_UP_STEPS = 5  # not counted in step times: first allocations and worker start
-_STATE_FILE = "trainer.json"
 
 
 class Loss(Protocol):
@@ -59,37 +64,46 @@ class Loss(Protocol):
 Signals = Callable[[Mapping[str, torch.Tensor]], TeacherSignals]
 """Turns a batch of the stream into the teacher's signals."""
 
+Evaluate = Callable[[SegmentationNetwork, torch.device], Metrics]
+"""Evaluates a network on the device; every process calls it."""
+
+Overlays = Callable[[SegmentationNetwork, torch.device], Iterable[tuple[str, NDArray[np.uint8]]]]
+"""Pictures of a network's predictions by name; the main process alone calls it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingResult:
     """What a finished training leaves behind."""
 
     metrics: Metrics
+    """Of the weights that were saved, those of the last iteration."""
     iterations: int
     seconds: float
     """Wall time of all training steps, evaluation and interruptions left out."""
     images_per_second: float
+    """Over all processes."""
     step_ms: float
-    """Median wall time of a step, waiting for data included."""
+    """Median wall time of an optimiser step, waiting for data included."""
     data_wait_share: float
-    """Share of the training time spent waiting for the loader."""
+    """Share of the training time in which there was no batch to compute on."""
     parameters: int
+    best_miou: float | None = None
+    """Of the weights in ``best``; None where they were not kept."""
+    best_iteration: int | None = None
+    """Their iteration."""
+    processes: int = 1
+    """Training processes, each with a batch of its own."""
+    peak_device_bytes: int | None = None
+    """Most memory that tensors took on the main process's GPU; None on the CPU."""
+    peak_host_bytes: int = 0
+    """Largest resident memory of the main process or one of its children so far."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Loss terms and diagnostics, one entry per ``log_every`` iterations, averaged over them."""
+    class_history: list[dict[str, Any]] = field(default_factory=list)
+    """``iteration`` and ``relative``, the share of each class's pixels that the second stage was
+    trained on in the batches of that iteration; None for a class they lack."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
     """Iteration and mIoU of each evaluation."""
-
-
-@dataclass(kw_only=True)
-class _State:
-    """What must survive a restart besides weights, optimiser and random state."""
-
-    iteration: int = 0
-    seconds: float = 0.0
-    wait_seconds: float = 0.0
-    step_seconds: list[float] = field(default_factory=list)
-    history: list[dict[str, float]] = field(default_factory=list)
-    evaluations: list[dict[str, float]] = field(default_factory=list)
 
 
 def poly_schedule(config: TrainingConfig) -> Callable[[int], float]:
@@ -113,10 +127,12 @@ def train(
     config: TrainingConfig,
     seed: int,
     directory: Path,
-    evaluate: Callable[[SegmentationNetwork, torch.device], Metrics],
+    evaluate: Evaluate,
     reporter: Reporter,
     name: str,
     device: str = "auto",
+    overlays: Overlays | None = None,
+    network: str = "",
 ) -> TrainingResult:
     """Train a network, resuming from the last checkpoint in ``directory`` if there is one.
 
@@ -124,156 +140,142 @@ def train(
     that is a module with state (a memory of earlier batches) is resumed as well.
 
     Writes ``checkpoints/<iteration>`` (weights as safetensors and the whole training state),
-    ``tensorboard/`` and, at the end, ``weights.safetensors``.
+    ``tensorboard/``, ``best/`` where there are evaluations on the way and, at the end,
+    ``weights.safetensors``. With several processes each of them calls this function; the main one
+    writes.
+
+    SIGTERM and SIGINT in the main thread take effect after the optimiser step under way, when a
+    checkpoint of it has been written. During an evaluation, before which a checkpoint is written
+    too, they act at once.
+
+    Args:
+        student: What to train.
+        loss: Its loss.
+        stream: Gives ``iterations * accumulate * batch_size`` samples for each process.
+        signals: What the teacher says about a batch.
+        config: How to train.
+        seed: Of torch's random numbers.
+        directory: Where everything is written.
+        evaluate: Called at the end, and every ``evaluate_every`` iterations.
+        reporter: Where progress is shown.
+        name: What the training is called there.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        overlays: Pictures for TensorBoard, at each evaluation.
+        network: The network in words, for the message about a checkpoint that is of another.
 
     Raises:
-        NonFiniteError: The loss became NaN or infinite; the last checkpoint is kept.
+        NonFiniteError: The loss became NaN or infinite; the last checkpoint is kept, and the batch
+            is in ``nonfinite``.
         CheckpointError: The checkpoint does not fit this network.
+        ConfigError: The network cannot be compiled here.
     """
-    with _accelerator(config, device) as accelerator:
+    with _accelerator(config, device) as accelerator, StopSignals() as stop:
+        if not accelerator.is_main_process:
+            reporter = Reporter(quiet=True)
         set_seed(seed)
-        optimizer = torch.optim.SGD(
-            _parameter_groups(student, config),
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
+        parts = _prepare(accelerator, student, loss, config, reporter, name)
+        checkpoints = Checkpoints(
+            directory / "checkpoints", accelerator, network or type(parts.network).__name__
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, poly_schedule(config))
-        if accelerator.num_processes > 1:
-            student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        model, optimizer = accelerator.prepare(student, optimizer)
-        accelerator.register_for_checkpointing(scheduler)
-        if isinstance(loss, torch.nn.Module):
-            loss.to(accelerator.device)
-            if loss.state_dict():
-                accelerator.register_for_checkpointing(loss)
-
-        state = _State()
-        checkpoints = directory / "checkpoints"
-        latest = _latest_checkpoint(checkpoints)
-        if latest is not None:
-            try:
-                accelerator.load_state(str(latest))
-            except Exception as error:  # the libraries below raise many kinds for a damaged file
-                raise CheckpointError(
-                    f"{latest}: does not fit this network or its optimiser ({error}); "
-                    "delete the folder to train anew"
-                ) from error
-            state = _State(**read_json(latest / _STATE_FILE))
+        state = checkpoints.load(parts.model) or TrainingState()
+        if state.iteration:
             reporter.say(f"{name}: resumes at iteration {state.iteration} of {config.iterations}")
-
-        with contextlib.ExitStack() as stack:
-            writer = None
-            if accelerator.is_main_process:
-                writer = SummaryWriter(str(directory / "tensorboard"), purge_step=state.iteration)
-                stack.callback(writer.close)
-            _run(
-                accelerator, model, loss, optimizer, scheduler, stream, signals, config, state,
-                checkpoints, evaluate, reporter, name, writer,
-            )  # fmt: skip
-        unwrapped = _network(accelerator, model)
-        metrics = evaluate(unwrapped, accelerator.device)
+        events = directory / "tensorboard" if accelerator.is_main_process else None
+        with contextlib.closing(TrainingLog(events, state.iteration)) as log:
+            training = _Training(
+                accelerator=accelerator,
+                parts=parts,
+                loss=loss,
+                stream=stream,
+                signals=signals,
+                config=config,
+                seed=seed,
+                directory=directory,
+                evaluate=evaluate,
+                overlays=overlays,
+                reporter=reporter,
+                name=name,
+                checkpoints=checkpoints,
+                state=state,
+                log=log,
+                stop=stop,
+            )
+            metrics = training.run()
         if accelerator.is_main_process:
-            save_weights(unwrapped, directory / "weights.safetensors")
+            save_weights(parts.evaluated, directory / "weights.safetensors")
         accelerator.wait_for_everyone()
-        images = config.iterations * config.batch_size * accelerator.num_processes
-        return TrainingResult(
-            metrics=metrics,
-            iterations=config.iterations,
-            seconds=state.seconds,
-            images_per_second=images / max(state.seconds, 1e-9),
-            step_ms=1000.0 * statistics.median(state.step_seconds or [0.0]),
-            data_wait_share=state.wait_seconds / max(state.seconds, 1e-9),
-            parameters=parameter_count(unwrapped),
-            history=state.history,
-            evaluations=[
-                *state.evaluations,
-                {"iteration": config.iterations, "miou": metrics.miou},
-            ],
-        )
+        return _result(accelerator, config, state, metrics, parts)
 
 
-def _run(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Parts:
+    """A network and what changes it, ready on the device."""
+
+    model: torch.nn.Module
+    """What is trained: the network, with what distributes it and takes its features."""
+    forward: Callable[[torch.Tensor], NetworkOutputs]
+    """The model, compiled or not."""
+    network: SegmentationNetwork
+    """The network itself."""
+    ema: AveragedModel | None
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+
+    @property
+    def evaluated(self) -> SegmentationNetwork:
+        """The network that is evaluated and saved."""
+        if self.ema is None:
+            return self.network
+        return cast(SegmentationNetwork, self.ema.module)
+
+
+def _prepare(
     accelerator: Accelerator,
-    model: torch.nn.Module,
+    student: SegmentationNetwork | TappedStudent,
     loss: Loss,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LambdaLR,
-    stream: MapStream,
-    signals: Signals,
     config: TrainingConfig,
-    state: _State,
-    checkpoints: Path,
-    evaluate: Callable[[SegmentationNetwork, torch.device], Metrics],
     reporter: Reporter,
     name: str,
-    writer: SummaryWriter | None,
-) -> None:
-    """Take the steps that are left, writing curves and checkpoints on the way."""
-    batch_size = config.batch_size
-    loader = make_loader(
-        stream,
-        batch_size=batch_size,
-        start=state.iteration * batch_size * accelerator.num_processes,
-        workers=config.workers,
-        pin_memory=accelerator.device.type == "cuda",
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
+) -> _Parts:
+    if config.channels_last:
+        # Named: torch's stubs know no keyword for modules.
+        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(
+        _parameter_groups(student, config),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
     )
-    model.train()
-    sums = _Averages()
-    processes = accelerator.num_processes
-    with reporter.bar(name, config.iterations, "images") as bar:
-        bar.start_at(state.iteration)
-        batches = iter(loader)
-        first = state.iteration
-        while state.iteration < config.iterations:
-            started = time.perf_counter()
-            batch = {
-                key: value.to(accelerator.device, non_blocking=True)
-                for key, value in next(batches).items()
-            }
-            waited = time.perf_counter() - started
-            optimizer.zero_grad(set_to_none=True)
-            with accelerator.autocast():
-                outputs = model(batch["image"])
-            result = loss(outputs, batch["label"], signals(batch), state.iteration)
-            accelerator.backward(result.total)
-            if config.gradient_clip is not None:
-                accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
-            learning_rate = float(scheduler.get_last_lr()[0])
-            optimizer.step()
-            scheduler.step()
-            state.iteration += 1
-            sums.add(result)
-
-            log_now = (
-                state.iteration % config.log_every == 0 or state.iteration == config.iterations
-            )
-            if log_now:
-                entry = sums.take()
-                entry |= {"iteration": float(state.iteration), "lr": learning_rate}
-                state.history.append(entry)
-                _require_finite(entry, state.iteration, name, checkpoints)
-                if writer is not None:
-                    for key, value in entry.items():
-                        if key != "iteration":
-                            writer.add_scalar(f"train/{key}", value, state.iteration)
-            elapsed = time.perf_counter() - started
-            state.seconds += elapsed
-            state.wait_seconds += waited
-            if state.iteration - first > _WARM_UP_STEPS:
-                state.step_seconds.append(elapsed)
-            note = f"loss {state.history[-1]['loss']:.3f}" if state.history else None
-            bar.advance(note=note, items=batch_size * processes)
-
-            last = state.iteration == config.iterations
-            if config.evaluate_every and state.iteration % config.evaluate_every == 0 and not last:
-                metrics = evaluate(_network(accelerator, model), accelerator.device)
-                state.evaluations.append({"iteration": state.iteration, "miou": metrics.miou})
-                if writer is not None:
-                    writer.add_scalar("val/miou", metrics.miou, state.iteration)
-            if last or state.iteration % config.checkpoint_every == 0:
-                _save_checkpoint(accelerator, checkpoints, state)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, poly_schedule(config))
+    plain = student.network if isinstance(student, TappedStudent) else student
+    ema = None
+    if config.ema is not None:
+        ema = AveragedModel(
+            plain,
+            device=accelerator.device,
+            multi_avg_fn=get_ema_multi_avg_fn(config.ema),
+            use_buffers=True,
+        )
+    if accelerator.num_processes > 1:
+        student = _synchronised(student, accelerator, reporter, name)
+    model, optimizer = accelerator.prepare(student, optimizer)
+    accelerator.register_for_checkpointing(scheduler)
+    if isinstance(loss, torch.nn.Module):
+        loss.to(accelerator.device)
+        if loss.state_dict():
+            accelerator.register_for_checkpointing(loss)
+    if ema is not None:
+        accelerator.register_for_checkpointing(ema)
+    unwrapped = accelerator.unwrap_model(model)
+    return _Parts(
+        model=model,
+        forward=_compiled(model) if config.compile else model,
+        network=unwrapped.network if isinstance(unwrapped, TappedStudent) else unwrapped,
+        ema=ema,
+        optimizer=optimizer,
+        scheduler=scheduler,
+    )
 
 
 def _parameter_groups(
@@ -289,82 +291,281 @@ def _parameter_groups(
     return groups
 
 
-def _network(accelerator: Accelerator, model: torch.nn.Module) -> SegmentationNetwork:
-    """The network itself, out of what distributes it and takes its features."""
-    unwrapped = accelerator.unwrap_model(model)
-    return unwrapped.network if isinstance(unwrapped, TappedStudent) else unwrapped
+def _synchronised(
+    student: SegmentationNetwork | TappedStudent,
+    accelerator: Accelerator,
+    reporter: Reporter,
+    name: str,
+) -> SegmentationNetwork | TappedStudent:
+    """The student with batch norms over all processes, where torch has them."""
+    if accelerator.device.type != "cpu":
+        converted: SegmentationNetwork | TappedStudent = (
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        )
+        return converted
+    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in student.modules()):
+        reporter.warn(
+            f"{name}: torch synchronises batch norms on GPUs alone; on the CPU each of the "
+            f"{accelerator.num_processes} processes normalises over its own images"
+        )
+    return student
 
 
-class _Averages:
-    """Running sums of loss terms and diagnostics, kept on the device until they are logged."""
+def _compiled(model: torch.nn.Module) -> Callable[[torch.Tensor], NetworkOutputs]:
+    """The model's compiled twin, which shares its tensors; the model itself stays as it is."""
+    from torch._dynamo.exc import TorchDynamoException  # seconds to import
 
-    def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, torch.Tensor] = {}
+    compiled = torch.compile(model)
 
-    def add(self, result: LossOutput) -> None:
-        values: dict[str, torch.Tensor] = {"loss": result.total.detach(), **result.terms}
-        if result.diagnostics is not None:
-            for item in fields(result.diagnostics):
-                values[item.name] = getattr(result.diagnostics, item.name)
-        for key, value in values.items():
-            known = torch.ones_like(value) if key == "loss" else (~value.isnan()).to(value.dtype)
-            # A loss keeps its NaN, which stops the training; a diagnostic's says "not computed".
-            amount = value.clone() if key == "loss" else value.nan_to_num(nan=0.0)
-            if key in self._sums:
-                self._sums[key] += amount
-                self._counts[key] += known
-            else:
-                self._sums[key], self._counts[key] = amount, known
+    def forward(images: torch.Tensor) -> NetworkOutputs:
+        try:
+            outputs: NetworkOutputs = compiled(images)
+        except TorchDynamoException as error:
+            raise ConfigError(
+                f"training.compile: torch.compile failed ({str(error).strip().splitlines()[0]}); "
+                "on the CPU it needs a C++ compiler and the headers of Python, on GPUs Triton; "
+                "leave training.compile out"
+            ) from error
+        return outputs
 
-    def take(self) -> dict[str, float]:
-        sums, counts = self._sums, self._counts
-        self._sums, self._counts = {}, {}
-        # Empty masks are counted, everything else is averaged.
-        return {
-            key: float(value) / (1.0 if key == "empty_masks" else float(counts[key]))
-            for key, value in sums.items()
-            if float(counts[key]) > 0
-        }
+    return forward
 
 
-def _require_finite(entry: dict[str, float], iteration: int, name: str, checkpoints: Path) -> None:
-    loss = entry["loss"]
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        raise NonFiniteError(
-            f"{name}: the loss is {loss} near iteration {iteration}; lower training.lr, set "
-            f"training.gradient_clip or use precision: bf16. Checkpoints are in {checkpoints}"
+@dataclass(kw_only=True)
+class _Training:
+    """One training under way."""
+
+    accelerator: Accelerator
+    parts: _Parts
+    loss: Loss
+    stream: MapStream
+    signals: Signals
+    config: TrainingConfig
+    seed: int
+    directory: Path
+    evaluate: Evaluate
+    overlays: Overlays | None
+    reporter: Reporter
+    name: str
+    checkpoints: Checkpoints
+    state: TrainingState
+    log: TrainingLog
+    stop: StopSignals
+
+    def __post_init__(self) -> None:
+        accelerator, config = self.accelerator, self.config
+        self._distributed = isinstance(self.parts.model, DistributedDataParallel)
+        self._images_per_step = config.batch_size * config.accumulate * accelerator.num_processes
+        self._first = self.state.iteration
+        self._averages = Averages()
+        self._stopping = False
+        self._note: str | None = None
+        self._pace = Pace(
+            self.reporter, self.name, accelerated=accelerator.device.type not in ("cpu", "meta")
+        )
+        self._watch = LossWatch(
+            self.directory / NONFINITE_FOLDER,
+            self.stream.dataset.image_ids,
+            name=self.name,
+            advice="lower training.lr, set training.gradient_clip or use precision: bf16. "
+            f"Checkpoints are in {self.checkpoints.folder}",
+            device=accelerator.device,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            description={
+                "seed": self.seed,
+                "precision": config.precision,
+                "lr": config.lr,
+            },
+        )
+
+    def run(self) -> Metrics:
+        """Take the steps that are left; returns the metrics at the end."""
+        config, state, accelerator = self.config, self.state, self.accelerator
+        loader = make_loader(
+            self.stream,
+            batch_size=config.batch_size,
+            start=state.iteration * self._images_per_step,
+            workers=config.workers,
+            pin_memory=accelerator.device.type == "cuda",
+            rank=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+        self.parts.model.train()
+        with (
+            self.reporter.bar(self.name, config.iterations, "images") as bar,
+            DevicePrefetcher(loader, accelerator.device) as batches,
+        ):
+            bar.start_at(state.iteration)
+            while state.iteration < config.iterations:
+                if self._evaluation_due() and not state.evaluated():
+                    self._evaluate()
+                self._step(batches)
+                bar.advance(note=self._note, items=self._images_per_step)
+                last = state.iteration == config.iterations
+                checkpoint = last or state.iteration % config.checkpoint_every == 0
+                if checkpoint or self._evaluation_due() or self._stopping:
+                    self._watch.flush()
+                    self.checkpoints.save(state)
+                if self._stopping:
+                    self._leave()
+        return self._evaluate()
+
+    def _step(self, batches: DevicePrefetcher) -> None:
+        """One optimiser step, with its share of logging."""
+        config, state, parts = self.config, self.state, self.parts
+        started, waited = time.perf_counter(), batches.waited
+        parts.optimizer.zero_grad(set_to_none=True)
+        for part in range(1, config.accumulate + 1):
+            # Gradients are exchanged once, with the last part.
+            whole = part == config.accumulate
+            with contextlib.nullcontext() if whole else self.accelerator.no_sync(parts.model):
+                self._backward(self._next(batches))
+        if config.gradient_clip is not None:
+            self.accelerator.clip_grad_norm_(parts.model.parameters(), config.gradient_clip)
+        learning_rate = float(parts.scheduler.get_last_lr()[0])
+        parts.optimizer.step()
+        parts.scheduler.step()
+        if parts.ema is not None:
+            parts.ema.update_parameters(parts.network)
+        state.iteration += 1
+        entry = self._log(learning_rate)
+        elapsed, waited = time.perf_counter() - started, batches.waited - waited
+        state.seconds += elapsed
+        state.wait_seconds += waited
+        if state.iteration - self._first > _WARM_UP_STEPS:
+            state.step_seconds.append(elapsed)
+            self._pace.step(self._images_per_step, elapsed, waited)
+        if entry:
+            pace = self._pace.take()
+            self.log.scalars("speed", pace, state.iteration)
+            self._note = note(entry, pace)
+        if self.accelerator.num_processes == 1:
+            self._stopping = self.stop.requested is not None
+
+    def _next(self, batches: DevicePrefetcher) -> Batch:
+        try:
+            return batches.take()
+        except RuntimeError:
+            # Whoever ends a group of processes ends the loader's too.
+            if self.stop.requested is None:
+                raise
+            self._say_stopped("the step under way is lost")
+            self.stop.act()
+
+    def _backward(self, batch: Batch) -> None:
+        """Add the gradient of one batch."""
+        images = batch["image"]
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with self.accelerator.autocast():
+            outputs = self.parts.forward(images)
+        teacher = self.signals(batch)
+        iteration = self.state.iteration
+        result = self.loss(outputs, batch["label"], teacher, iteration)
+        self._stopping = self._watch.look(
+            result, batch, teacher, iteration + 1, stop=self.stop.requested is not None
+        )
+        self._averages.add(result)
+        if result.relative is not None and self._log_due(iteration + 1):
+            self._averages.count_classes(batch["label"], result.relative, outputs.main.shape[1])
+        total = result.total
+        if self._distributed:
+            total = total + _connection(outputs)
+        if self.config.accumulate > 1:
+            total = total / self.config.accumulate
+        self.accelerator.backward(total)
+
+    def _log(self, learning_rate: float) -> dict[str, float]:
+        """Write the averages if it is time to; returns them."""
+        state = self.state
+        if not self._log_due(state.iteration):
+            return {}
+        self._watch.flush()
+        entry = self._averages.take(self.accelerator.num_processes)
+        entry["lr"] = learning_rate
+        self.log.scalars("train", entry, state.iteration)
+        entry["iteration"] = float(state.iteration)
+        state.history.append(entry)
+        shares = self._averages.take_classes(self.accelerator.num_processes)
+        if shares:
+            state.class_history.append({"iteration": state.iteration, "relative": shares})
+        return entry
+
+    def _log_due(self, iteration: int) -> bool:
+        return iteration % self.config.log_every == 0 or iteration == self.config.iterations
+
+    def _evaluation_due(self) -> bool:
+        every, iteration = self.config.evaluate_every, self.state.iteration
+        return bool(every) and iteration > 0 and iteration % every == 0
+
+    def _evaluate(self) -> Metrics:
+        """Evaluate the weights as they are, and keep them if they are the best."""
+        state, parts, accelerator = self.state, self.parts, self.accelerator
+        if accelerator.num_processes > 1:
+            for buffer in parts.evaluated.buffers():  # statistics of batch norms on the CPU
+                torch.distributed.broadcast(buffer, 0)
+        # The network prepared for training brings its own autocast, its average does not.
+        precision = contextlib.nullcontext() if parts.ema is None else accelerator.autocast()
+        with self.stop.passed_on(), precision:
+            metrics = self.evaluate(parts.evaluated, accelerator.device)
+            self.log.evaluation(metrics, state.iteration)
+            if accelerator.is_main_process and self.overlays is not None:
+                pictures = self.overlays(parts.evaluated, accelerator.device)
+                self.log.pictures(pictures, state.iteration)
+        state.evaluations.append({"iteration": state.iteration, "miou": metrics.miou})
+        keeps = self.config.keep_best and self.config.evaluate_every > 0
+        if keeps and note_best(state, metrics) and accelerator.is_main_process:
+            save_best(self.directory, parts.evaluated, state)
+        return metrics
+
+    def _leave(self) -> NoReturn:
+        self._say_stopped("its checkpoint is written")
+        self.stop.act()
+
+    def _say_stopped(self, what: str) -> None:
+        number = self.stop.requested
+        why = "with the other processes" if number is None else f"by {number.name}"
+        self.reporter.warn(
+            f"{self.name}: stopped {why} at iteration {self.state.iteration} of "
+            f"{self.config.iterations}, {what}; run the same command again to continue"
         )
 
 
-def _save_checkpoint(accelerator: Accelerator, checkpoints: Path, state: _State) -> None:
-    """Write the state into a temporary folder, rename it, and drop older ones."""
-    final = checkpoints / f"{state.iteration:08d}"
-    temporary = checkpoints / f".{final.name}.tmp"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary), safe_serialization=True)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(temporary / _STATE_FILE, asdict(state))
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
-        for old in checkpoints.iterdir():
-            if old.name != final.name:
-                shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
+def _connection(outputs: NetworkOutputs) -> torch.Tensor:
+    """0, connected to all outputs: distributed training waits for every gradient, also where a
+    loss leaves out the auxiliary head."""
+    tensors = [outputs.main, outputs.aux, *getattr(outputs, "projected", {}).values()]
+    used = [t for t in tensors if t is not None]
+    return torch.stack([t.flatten()[0].float() * 0.0 for t in used]).sum()
 
 
-def _latest_checkpoint(checkpoints: Path) -> Path | None:
-    if not checkpoints.is_dir():
-        return None
-    complete = [path for path in checkpoints.iterdir() if path.name.isdigit()]
-    return max(complete, key=lambda path: int(path.name), default=None)
+def _result(
+    accelerator: Accelerator,
+    config: TrainingConfig,
+    state: TrainingState,
+    metrics: Metrics,
+    parts: _Parts,
+) -> TrainingResult:
+    images = config.iterations * config.accumulate * config.batch_size * accelerator.num_processes
+    on_gpu = accelerator.device.type == "cuda"
+    return TrainingResult(
+        metrics=metrics,
+        iterations=config.iterations,
+        seconds=state.seconds,
+        images_per_second=images / max(state.seconds, 1e-9),
+        step_ms=1000.0 * statistics.median(state.step_seconds or [0.0]),
+        data_wait_share=state.wait_seconds / max(state.seconds, 1e-9),
+        parameters=parameter_count(parts.network),
+        best_miou=state.best_miou,
+        best_iteration=state.best_iteration,
+        processes=accelerator.num_processes,
+        peak_device_bytes=(torch.cuda.max_memory_allocated(accelerator.device) if on_gpu else None),
+        peak_host_bytes=peak_memory_bytes(),
+        history=state.history,
+        class_history=state.class_history,
+        evaluations=state.evaluations,
+    )
 
 
 @contextlib.contextmanager

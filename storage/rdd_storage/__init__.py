@@ -3,8 +3,12 @@
 Write with :class:`MapWriter`, one shard at a time; read with :class:`MapReader`. The codes of the
 maps are made and decoded by the ``encode_*`` functions and the lookup tables. The format is
 specified in docs/store-format.md.
+
+Packs are stores of the same layout for the decoded images and labels of a data set:
+:class:`PackWriter` and :class:`PackReader`.
 """
 
+from rdd_storage.additions import MapAddition
 from rdd_storage.catalogue import (
     DiskUsage,
     StoreUse,
@@ -40,7 +44,8 @@ from rdd_storage.errors import (
 from rdd_storage.growth import Growth
 from rdd_storage.identity import FORMAT_VERSION, fingerprint, identity_difference, store_path
 from rdd_storage.lease import LeaseInfo, lease_holder
-from rdd_storage.maps import ImageMaps
+from rdd_storage.maps import ImageLogits, ImageMaps
+from rdd_storage.packs import PackedImage
 from rdd_storage.quantise import (
     CONFIDENCE_UNWRITTEN,
     HARDNESS_IGNORED,
@@ -57,10 +62,10 @@ from rdd_storage.quantise import (
     hardness_table,
     true_prob_table,
 )
-from rdd_storage.reader import MapReader, ShardMaps
+from rdd_storage.reader import MapReader, PackReader, ShardMaps
 from rdd_storage.remove import remove_store, remove_version
 from rdd_storage.repair import RepairReport, repair_store
-from rdd_storage.schema import ImageRecord, MapSchema
+from rdd_storage.schema import ImageRecord, MapSchema, PackSchema
 from rdd_storage.statistics import (
     MapStatistics,
     discrepancy_bin_edges,
@@ -69,7 +74,7 @@ from rdd_storage.statistics import (
 )
 from rdd_storage.status import GrowthStatus, ListedStore, StoreStatus, list_stores, store_status
 from rdd_storage.verify import Damage, VerifyReport, verify_store
-from rdd_storage.writer import MapWriter
+from rdd_storage.writer import MapWriter, PackWriter
 
 __all__ = [
     "CONFIDENCE_UNWRITTEN",
@@ -84,16 +89,22 @@ __all__ = [
     "Growth",
     "GrowthStatus",
     "HardnessCodec",
+    "ImageLogits",
     "ImageMaps",
     "ImageRecord",
     "LeaseInfo",
     "LeaseLostError",
     "ListedStore",
     "LocationError",
+    "MapAddition",
     "MapReader",
     "MapSchema",
     "MapStatistics",
     "MapWriter",
+    "PackReader",
+    "PackSchema",
+    "PackWriter",
+    "PackedImage",
     "RddError",
     "RepairReport",
     "ShardDataError",

@@ -7,12 +7,13 @@ import hashlib
 import json
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from os import PathLike
 from typing import Any
 
+from rdd_storage.additions import ADDABLE
 from rdd_storage.errors import (
     StoreMismatchError,
     StoreNotFoundError,
@@ -22,6 +23,7 @@ from rdd_storage.identity import canonical, identity_difference
 from rdd_storage.layout import group_metadata
 from rdd_storage.location import locate
 from rdd_storage.manifest import read_head
+from rdd_storage.schema import MapSchema
 from rdd_storage.status import StoreStatus, list_stores
 
 _SHORTEST_PREFIX = 6  # characters of a hash that may stand for all of it
@@ -63,6 +65,7 @@ def find_stores(
     data: str | Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     complete: bool | None = None,
+    kind: str | None = MapSchema.kind,
 ) -> list[StoreStatus]:
     """The stores directly below a folder or bucket that fit, in order of their names.
 
@@ -77,11 +80,14 @@ def find_stores(
         settings: A mapping as above, within the whole identity, such as
             ``{"evaluation.scales": [1.0]}``.
         complete: Whether a version has to be published; None takes both.
+        kind: ``maps`` or ``pack``; None takes both.
     """
     found = []
     for item in list_stores(root):
         status = item.status
         if status is None or (complete is not None and status.complete != complete):
+            continue
+        if kind not in (None, status.kind):
             continue
         if not _differences(status.identity, teacher, data, settings):
             found.append(status)
@@ -94,15 +100,24 @@ def find_store(
     teacher: str | Mapping[str, Any] | None = None,
     data: str | Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
+    arrays: Collection[str] = (),
 ) -> StoreStatus:
-    """The one published store below a root that fits; arguments as for :func:`find_stores`.
+    """The one published store of maps below a root that fits.
+
+    Args:
+        root, teacher, data, settings: As for :func:`find_stores`.
+        arrays: Maps that the published version has to have.
 
     Raises:
         StoreNotFoundError: There is no store below the root.
         StoreMismatchError: None fits, or several do; the message says how each differs, or which
             they are.
     """
-    stores = [item.status for item in list_stores(root) if item.status is not None]
+    stores = [
+        item.status
+        for item in list_stores(root)
+        if item.status is not None and item.status.kind == MapSchema.kind
+    ]
     if not stores:
         raise StoreNotFoundError(f"{root}: no map store below it; check the path, or build maps")
     lines, fitting = [], []
@@ -110,6 +125,9 @@ def find_store(
         differences = _differences(status.identity, teacher, data, settings)
         if not status.complete:
             differences.append("expected a published version, found an unfinished build")
+        elif lacking := [name for name in arrays if name not in status.arrays]:
+            differences.append(f"expected the maps {', '.join(lacking)}, found none")
+            differences += [f"{ADDABLE[name]} adds {name}" for name in lacking if name in ADDABLE]
         if not differences:
             fitting.append(status)
             continue

@@ -23,28 +23,31 @@ from rdd_storage.layout import (
     coordinate_specs,
     encode_objects,
     group_metadata,
+    groups,
 )
 from rdd_storage.manifest import Manifest, RowEntry
-from rdd_storage.schema import MapSchema
+from rdd_storage.schema import Schema
 from rdd_storage.statistics import discrepancy_bin_edges
-
-COORDINATES = "height width grid_height grid_width digest first_version last_version done"
-"""Attribute ``coordinates`` of the root: these arrays describe the rows and are no maps."""
 
 _RESERVED = ("rdd", "Conventions", "coordinates", "class_names", "palette")
 
 
-def metadata_objects(schema: MapSchema, num_rows: int) -> dict[str, bytes]:
+def coordinates_attribute(schema: Schema) -> str:
+    """Attribute ``coordinates`` of the root: these arrays describe the rows and are no maps."""
+    return " ".join([*schema.sizes, "digest", FIRST_VERSION, LAST_VERSION, "done"])
+
+
+def metadata_objects(schema: Schema, num_rows: int) -> dict[str, bytes]:
     """Key and content of the ``zarr.json`` of every array and group that readers see."""
     objects = {
         f"{spec.name}/zarr.json": array_metadata(spec)
         for spec in all_specs(schema, num_rows).values()
     }
-    return objects | {"statistics/zarr.json": group_metadata({})}
+    return objects | {f"{name}/zarr.json": group_metadata({}) for name in groups(schema)}
 
 
 def coordinate_objects(
-    schema: MapSchema,
+    schema: Schema,
     manifest: Manifest,
     num_rows: int,
     *,
@@ -91,7 +94,7 @@ def coordinate_value(name: str, entry: RowEntry) -> Any:
     return getattr(entry.record, "image_id" if name == "image" else name)
 
 
-def labels(schema: MapSchema, spec: ArraySpec) -> npt.NDArray[Any]:
+def labels(schema: Schema, spec: ArraySpec) -> npt.NDArray[Any]:
     """Values of a coordinate that does not run along the images."""
     if spec.name == "statistics/discrepancy_bin":
         return discrepancy_bin_edges()[:-1]
@@ -105,7 +108,7 @@ def labels(schema: MapSchema, spec: ArraySpec) -> npt.NDArray[Any]:
 
 
 def root_attributes(
-    schema: MapSchema,
+    schema: Schema,
     palette: Sequence[Sequence[int]] | None,
     attributes: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def root_attributes(
     result: dict[str, Any] = {
         "Conventions": "CF-1.11",
         # Read by xarray: these arrays describe the rows and are no maps.
-        "coordinates": COORDINATES,
+        "coordinates": coordinates_attribute(schema),
         "class_names": list(schema.class_names),
     }
     if palette is not None:

@@ -20,7 +20,13 @@ import zarr.storage
 from zarr.codecs import ZstdCodec
 from zarr.core.buffer import Buffer, default_buffer_prototype
 
-from rdd_storage.schema import PUBLISHED_DISCREPANCY, MapSchema
+from rdd_storage.schema import (
+    PUBLISHED_DISCREPANCY,
+    ImageRecord,
+    MapSchema,
+    PackSchema,
+    Schema,
+)
 
 STRING = "string"
 """Stands for the variable-length string type."""
@@ -30,6 +36,9 @@ NEVER = 2**31 - 1
 
 FIRST_VERSION = "first_version"
 LAST_VERSION = "last_version"
+
+LABEL_UNWRITTEN = 254
+"""Value of packed labels that were never written."""
 
 _COORDINATE_SHARDS = 256  # a coordinate is read as a whole: one object for this many shards
 
@@ -75,14 +84,40 @@ class ArraySpec:
         """Type of the array in memory."""
         return np.dtypes.StringDType() if self.dtype == STRING else np.dtype(self.dtype)
 
+    @property
+    def on_grid(self) -> bool:
+        """Whether an image's size in this array is that of its output grid."""
+        return "grid_y" in self.dims
 
-def map_specs(schema: MapSchema, num_rows: int) -> dict[str, ArraySpec]:
-    """The maps themselves: one shard of K images is one object."""
+    def window(self, rows: slice, columns: slice) -> tuple[slice, ...]:
+        """The part of one image's values: all classes or channels of these rows and columns."""
+        places = {"y": rows, "grid_y": rows, "x": columns, "grid_x": columns}
+        inner = zip(self.dims[1:], self.shape[1:], strict=True)
+        return tuple(places.get(dim, slice(0, length)) for dim, length in inner)
+
+    def inside(self, record: ImageRecord) -> tuple[slice, ...]:
+        """The part of a row that is not padding."""
+        return self.window(*(slice(0, length) for length in self.size(record)))
+
+    def size(self, record: ImageRecord) -> tuple[int, int]:
+        """Height and width of an image in this array."""
+        if self.on_grid:
+            return record.grid_height, record.grid_width
+        return record.height, record.width
+
+
+def map_specs(schema: Schema, num_rows: int) -> dict[str, ArraySpec]:
+    """The maps, or the images and labels, themselves: one shard of K images is one object."""
+    return (
+        _pack_specs(schema, num_rows) if isinstance(schema, PackSchema) else _maps(schema, num_rows)
+    )
+
+
+def _maps(schema: MapSchema, num_rows: int) -> dict[str, ArraySpec]:
     codec = schema.codec
     size = (schema.height, schema.width)
     grid = (schema.grid_height, schema.grid_width)
     pixels, points = ("y", "x"), ("grid_y", "grid_x")
-    largest = (schema.chunk_height, schema.chunk_width)
     hardness = {
         "long_name": "learning difficulty of the pixel for the teacher",
         "comment": "sqrt(1 - probability of the labelled class); NaN where there is no label",
@@ -92,10 +127,7 @@ def map_specs(schema: MapSchema, num_rows: int) -> dict[str, ArraySpec]:
         "_FillValue": codec.ignored,
         "valid_range": [0, codec.max_code],
     }
-    classes = {
-        "flag_values": list(range(schema.num_classes)),
-        "flag_meanings": " ".join("_".join(name.split()) for name in schema.class_names),
-    }
+    classes = _flags(schema)
 
     # Only where it is another: stores from before there were others must keep their metadata.
     definition = (
@@ -110,20 +142,7 @@ def map_specs(schema: MapSchema, num_rows: int) -> dict[str, ArraySpec]:
         inner: tuple[int, ...],
         **attrs: Any,
     ) -> ArraySpec:
-        chunk = inner[:-2] + tuple(map(_balanced_chunk, inner[-2:], largest))
-        return ArraySpec(
-            name=name,
-            dtype=dtype,
-            shape=(num_rows, *inner),
-            dims=("image", *dims),
-            chunks=(1, *chunk),
-            shards=(
-                schema.shard_images,
-                *(math.ceil(n / c) * c for n, c in zip(inner, chunk, strict=True)),
-            ),
-            fill=fill,
-            attributes=attrs,
-        )
+        return _sharded(schema, name, dtype, fill, dims, (num_rows, *inner), attrs)
 
     specs = [
         spec(
@@ -182,8 +201,61 @@ def map_specs(schema: MapSchema, num_rows: int) -> dict[str, ArraySpec]:
     return {item.name: item for item in specs}
 
 
-def statistics_specs(schema: MapSchema, num_rows: int) -> dict[str, ArraySpec]:
-    """Per-image counts and sums: one chunk of K rows is one object."""
+def _pack_specs(schema: PackSchema, num_rows: int) -> dict[str, ArraySpec]:
+    size = (num_rows, schema.height, schema.width)
+    label = {"long_name": "labelled class", "comment": "255 where ignored"} | _flags(schema)
+    image = {"long_name": "image as it was decoded, upright", "units": "1"}
+    specs = [
+        # The channels last, as images are in memory: a crop needs no transposition.
+        _sharded(schema, "rgb", "uint8", 0, ("y", "x", "channel"), (*size, 3), image),
+        _sharded(schema, "label", "uint8", LABEL_UNWRITTEN, ("y", "x"), size, label),
+    ]
+    return {item.name: item for item in specs}
+
+
+def _sharded(
+    schema: Schema,
+    name: str,
+    dtype: str,
+    fill: Any,
+    dims: tuple[str, ...],
+    shape: tuple[int, ...],
+    attributes: dict[str, Any],
+) -> ArraySpec:
+    """An array of which one shard of K images is one object."""
+    largest = dict.fromkeys(("y", "grid_y"), schema.chunk_height)
+    largest |= dict.fromkeys(("x", "grid_x"), schema.chunk_width)
+    inner = shape[1:]
+    chunk = tuple(
+        _balanced_chunk(length, largest.get(dim, length))
+        for dim, length in zip(dims, inner, strict=True)
+    )
+    return ArraySpec(
+        name=name,
+        dtype=dtype,
+        shape=shape,
+        dims=("image", *dims),
+        chunks=(1, *chunk),
+        shards=(
+            schema.shard_images,
+            *(math.ceil(n / c) * c for n, c in zip(inner, chunk, strict=True)),
+        ),
+        fill=fill,
+        attributes=attributes,
+    )
+
+
+def _flags(schema: Schema) -> dict[str, Any]:
+    return {
+        "flag_values": list(range(schema.num_classes)),
+        "flag_meanings": " ".join("_".join(name.split()) for name in schema.class_names),
+    }
+
+
+def statistics_specs(schema: Schema, num_rows: int) -> dict[str, ArraySpec]:
+    """Per-image counts and sums, of maps alone: one chunk of K rows is one object."""
+    if isinstance(schema, PackSchema):
+        return {}
     classes, rows = schema.num_classes, schema.shard_images
 
     def spec(name: str, dtype: str, axes: dict[str, int], text: str) -> ArraySpec:
@@ -226,7 +298,7 @@ def statistics_specs(schema: MapSchema, num_rows: int) -> dict[str, ArraySpec]:
     return {item.name: item for item in specs}
 
 
-def done_spec(schema: MapSchema, num_rows: int) -> ArraySpec:
+def done_spec(schema: Schema, num_rows: int) -> ArraySpec:
     """The completion marks: one chunk for each shard, written last."""
     return ArraySpec(
         name="done",
@@ -239,7 +311,7 @@ def done_spec(schema: MapSchema, num_rows: int) -> ArraySpec:
     )
 
 
-def coordinate_specs(schema: MapSchema, num_rows: int) -> dict[str, ArraySpec]:
+def coordinate_specs(schema: Schema, num_rows: int) -> dict[str, ArraySpec]:
     """Names and sizes, and the fixed labels of the other axes; written when a store is made."""
 
     # Chunks of K rows like the maps', so that xarray takes chunks of K images without a warning.
@@ -271,31 +343,29 @@ def coordinate_specs(schema: MapSchema, num_rows: int) -> dict[str, ArraySpec]:
         (FIRST_VERSION, "int32", "version of the store that added the row"),
         (LAST_VERSION, "int32", "last version that has the row; 2147483647 while it is current"),
     ]
-    labels = [
-        ("class", STRING, schema.num_classes, "class", "name of the class"),
-        (
-            "statistics/region",
-            STRING,
-            2,
-            "region",
-            "a boundary pixel has a neighbour of another label",
-        ),
-        ("statistics/outcome", STRING, 3, "outcome", "prediction against label"),
-        ("statistics/quantity", STRING, len(QUANTITIES), "quantity", "what is summed"),
-        (
-            "statistics/discrepancy_bin",
-            "float32",
-            NUM_DISCREPANCY_BINS,
-            "discrepancy_bin",
-            "lower edge of the bin",
-        ),
-    ]
-    specs = [spec(name, dtype, num_rows, "image", text) for name, dtype, text in rows]
+    labels = [("class", STRING, schema.num_classes, "class", "name of the class")]
+    if groups(schema):
+        region = "a boundary pixel has a neighbour of another label"
+        labels += [
+            ("statistics/region", STRING, 2, "region", region),
+            ("statistics/outcome", STRING, 3, "outcome", "prediction against label"),
+            ("statistics/quantity", STRING, len(QUANTITIES), "quantity", "what is summed"),
+            (
+                "statistics/discrepancy_bin",
+                "float32",
+                NUM_DISCREPANCY_BINS,
+                "discrepancy_bin",
+                "lower edge of the bin",
+            ),
+        ]
+    absent = set(MapSchema.sizes) - set(schema.sizes)
+    specs = [spec(name, dtype, num_rows, "image", text) for name, dtype, text in rows
+             if name not in absent]  # fmt: skip
     specs += [spec(*label) for label in labels]
     return {item.name: item for item in specs}
 
 
-def all_specs(schema: MapSchema, num_rows: int) -> dict[str, ArraySpec]:
+def all_specs(schema: Schema, num_rows: int) -> dict[str, ArraySpec]:
     """Every array of a store."""
     done = done_spec(schema, num_rows)
     return (
@@ -306,12 +376,17 @@ def all_specs(schema: MapSchema, num_rows: int) -> dict[str, ArraySpec]:
     )
 
 
-def consolidated_metadata(schema: MapSchema, num_rows: int) -> dict[str, Any]:
+def consolidated_metadata(schema: Schema, num_rows: int) -> dict[str, Any]:
     """Metadata of every array and group below the root, as readers of a version see it."""
-    nodes: dict[str, Any] = {"statistics": json.loads(group_metadata({}))}
+    nodes: dict[str, Any] = {name: json.loads(group_metadata({})) for name in groups(schema)}
     for name, spec in all_specs(schema, num_rows).items():
         nodes[name] = json.loads(array_metadata(spec))
     return {name: nodes[name] for name in sorted(nodes)}
+
+
+def groups(schema: Schema) -> tuple[str, ...]:
+    """Names of the groups of arrays below the root."""
+    return () if isinstance(schema, PackSchema) else ("statistics",)
 
 
 def array_metadata(spec: ArraySpec) -> bytes:

@@ -10,24 +10,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rdd_storage.errors import (
     StoreFormatError,
     StoreLockedError,
+    StoreMismatchError,
     StoreNotFoundError,
     UnknownVersionError,
 )
 from rdd_storage.identity import FORMAT_VERSION
-from rdd_storage.layout import NEVER, group_metadata
+from rdd_storage.layout import NEVER, consolidated_metadata, group_metadata
 from rdd_storage.location import Location
-from rdd_storage.schema import ImageRecord, MapSchema
+from rdd_storage.schema import ImageRecord, Schema, schema_from_json, with_arrays
 
 HEAD_KEY = "zarr.json"
 VERSIONS_KEY = "versions/zarr.json"
 
-_RECORD = ("image_id", "height", "width", "grid_height", "grid_width", "digest")
+_GRID = ("grid_height", "grid_width")
+_RECORD = ("image_id", "height", "width", *_GRID, "digest")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +60,10 @@ class Manifest:
     """The current images, in rising order of their rows."""
     retired: tuple[RowEntry, ...] = ()
     """Rows of earlier versions whose image is gone or has changed."""
+    adds: tuple[str, ...] = ()
+    """Arrays that this version adds to the images of the version before it."""
+    images_of: int | None = None
+    """The version that first had this list of images, where that is an earlier one."""
 
     @classmethod
     def first(cls, records: Sequence[ImageRecord]) -> Manifest:
@@ -81,6 +87,13 @@ class Manifest:
         """Row of each record, in rising order."""
         return tuple(entry.row for entry in self.entries)
 
+    def by_shard(self, shard_images: int) -> dict[int, list[RowEntry]]:
+        """The current images of each shard that has any, in the order of their rows."""
+        shards: dict[int, list[RowEntry]] = {}
+        for entry in self.entries:
+            shards.setdefault(entry.row // shard_images, []).append(entry)
+        return shards
+
     def living(self, versions: Collection[int]) -> Iterator[RowEntry]:
         """Current rows, and the retired ones that one of these versions still has."""
         yield from self.entries
@@ -98,6 +111,8 @@ class Manifest:
         if self.retired:
             names = ("row", "first_version", "last_version")
             content["retired"] = _columns(self.retired, names)
+        if self.adds:
+            content |= {"adds": list(self.adds), "images_of": self.images_of}
         return group_metadata({"rdd_manifest": content})
 
     @classmethod
@@ -114,6 +129,8 @@ class Manifest:
                 num_rows=content["num_rows"],
                 entries=_entries(content["images"]),
                 retired=_entries(content["retired"]) if "retired" in content else (),
+                adds=tuple(content.get("adds", ())),
+                images_of=content.get("images_of"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise StoreFormatError(
@@ -131,7 +148,7 @@ class Head:
     """The published version; 0 while the first is being built."""
     fingerprint: str
     identity: dict[str, Any]
-    schema: MapSchema
+    schema: Schema
     versions: dict[int, str]
     """The versions that can be read, with the SHA-256 of their manifests."""
     latest: int
@@ -145,6 +162,8 @@ class Head:
     """All attributes of the root group but ``rdd``."""
     arrays: dict[str, Any]
     """Consolidated metadata: the published view of the arrays."""
+    added: dict[str, int] = field(default_factory=dict)
+    """Arrays that the store was made without, with the version that added each."""
 
     @property
     def complete(self) -> bool:
@@ -155,6 +174,31 @@ class Head:
     def next_version(self) -> int:
         """Number of the version that is built next."""
         return self.latest + 1
+
+    def schema_of(self, version: int) -> Schema:
+        """The schema of a version: without the arrays that a later one added."""
+        return with_arrays(self.schema, self._added_after(version), present=False)
+
+    def has(self, array: str, entry: RowEntry) -> bool:
+        """Whether an array has a row: not if the row was retired before the array was added."""
+        return entry.last_version >= self.added.get(array, 0)
+
+    def back_to(self, version: int) -> Head:
+        """The root with an earlier version as the published one."""
+        late = self._added_after(version)
+        if not late:
+            return replace(self, version=version)
+        schema = self.schema_of(version)
+        return replace(
+            self,
+            version=version,
+            schema=schema,
+            added={name: first for name, first in self.added.items() if name not in late},
+            arrays=consolidated_metadata(schema, self.num_rows),
+        )
+
+    def _added_after(self, version: int) -> tuple[str, ...]:
+        return tuple(name for name, first in self.added.items() if version < first)
 
     def encode(self) -> bytes:
         """The content of the root ``zarr.json``."""
@@ -172,6 +216,8 @@ class Head:
             "draft": draft,
             "software": self.software,
         }
+        if self.added:
+            rdd["added"] = self.added
         return group_metadata(self.attributes | {"rdd": rdd}, self.arrays)
 
     @classmethod
@@ -208,7 +254,7 @@ class Head:
                 version=version,
                 fingerprint=rdd["fingerprint"],
                 identity=rdd["identity"],
-                schema=MapSchema.from_json(rdd["schema"]),
+                schema=schema_from_json(rdd["schema"]),
                 versions={int(number): digest for number, digest in digests.items()},
                 latest=rdd.get("latest", version),
                 num_rows=rdd.get("num_rows", arrays["done"]["shape"][0] if version else 0),
@@ -216,6 +262,7 @@ class Head:
                 software=rdd["software"],
                 attributes={key: value for key, value in attributes.items() if key != "rdd"},
                 arrays=arrays,
+                added=dict(rdd.get("added", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreFormatError(
@@ -232,6 +279,19 @@ def read_head(location: Location) -> Head:
         StoreFormatError: The store is of another format version, or its root is not understood.
     """
     return read_head_with_token(location)[0]
+
+
+def require_schema(head: Head, wanted: type[Schema] | None) -> None:
+    """Refuse a store of another kind than wanted; None takes any.
+
+    Raises:
+        StoreMismatchError: It is of another kind.
+    """
+    if wanted is not None and not isinstance(head.schema, wanted):
+        raise StoreMismatchError(
+            f"{head.location}: expected a store of {wanted.made_by}, got one of "
+            f"{head.schema.made_by}; give the path of the other"
+        )
 
 
 def read_head_with_token(location: Location) -> tuple[Head, str]:
@@ -256,6 +316,20 @@ def replace_head(head: Head, token: str) -> None:
             f"{head.location}: expected to change this store alone, but another process has "
             "changed it meanwhile; try again"
         )
+
+
+def store_draft(head: Head, token: str, draft: Manifest) -> Head:
+    """Write the plan of the next version and name it in the root, under the store's lease.
+
+    Raises:
+        StoreLockedError: The root has changed since the token was given.
+        StoreWriteError: Plan or root cannot be written.
+    """
+    content = draft.encode()
+    head.location.put(manifest_key(draft.version), content)
+    head = replace(head, draft=(draft.version, manifest_digest(content)))
+    replace_head(head, token)
+    return head
 
 
 def manifest_key(version: int) -> str:
@@ -316,6 +390,9 @@ def read_draft(head: Head) -> Manifest | None:
 
 def _columns(entries: Sequence[RowEntry], names: Sequence[str]) -> dict[str, list[Any]]:
     columns = {name: [getattr(entry.record, name) for entry in entries] for name in _RECORD}
+    for name in _GRID:
+        if not any(columns[name]):  # a pack
+            del columns[name]
     return columns | {name: [getattr(entry, name) for entry in entries] for name in names}
 
 
@@ -323,6 +400,7 @@ def _entries(columns: Mapping[str, list[Any]]) -> tuple[RowEntry, ...]:
     rows = columns["row"]
     first = columns.get("first_version", [1] * len(rows))
     last = columns.get("last_version", [NEVER] * len(rows))
+    columns = {**dict.fromkeys(_GRID, [0] * len(rows)), **columns}  # a pack has no grid
     records = zip(*(columns[name] for name in _RECORD), strict=True)
     return tuple(
         RowEntry(

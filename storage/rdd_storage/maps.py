@@ -41,6 +41,15 @@ class ImageMaps:
     """Like ``logits``, of the auxiliary head."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageLogits:
+    """Logits alone of one image, for a store whose other maps are there."""
+
+    image_id: str
+    logits: npt.NDArray[np.float16]
+    """As in :class:`ImageMaps`."""
+
+
 def check_maps(maps: ImageMaps, record: ImageRecord, schema: MapSchema) -> None:
     """Refuse maps that do not fit the schema or the image.
 
@@ -52,12 +61,12 @@ def check_maps(maps: ImageMaps, record: ImageRecord, schema: MapSchema) -> None:
     classes = schema.num_classes
     where = f"image {record.image_id}"
 
-    _check_array(where, "label", maps.label, size, "uint8")
-    _check_codes(where, "label", maps.label, classes - 1, IGNORE_LABEL)
-    _check_array(where, "prediction", maps.prediction, size, "uint8")
-    _check_codes(where, "prediction", maps.prediction, classes - 1, None)
-    _check_array(where, "confidence", maps.confidence, size, "uint8")
-    _check_codes(where, "confidence", maps.confidence, CONFIDENCE_UNWRITTEN - 1, None)
+    check_array(where, "label", maps.label, size, "uint8")
+    check_codes(where, "label", maps.label, classes - 1, IGNORE_LABEL)
+    check_array(where, "prediction", maps.prediction, size, "uint8")
+    check_codes(where, "prediction", maps.prediction, classes - 1, None)
+    check_array(where, "confidence", maps.confidence, size, "uint8")
+    check_codes(where, "confidence", maps.confidence, CONFIDENCE_UNWRITTEN - 1, None)
 
     ignored = maps.label == IGNORE_LABEL
     for name, wanted in (("hardness", True), ("aux_hardness", schema.aux_hardness)):
@@ -65,8 +74,8 @@ def check_maps(maps: ImageMaps, record: ImageRecord, schema: MapSchema) -> None:
         if codes is None:
             continue
         codec = schema.codec
-        _check_array(where, name, codes, size, codec.dtype.name)
-        _check_codes(where, name, codes, codec.max_code, codec.ignored)
+        check_array(where, name, codes, size, codec.dtype.name)
+        check_codes(where, name, codes, codec.max_code, codec.ignored)
         if not np.array_equal(codes == codec.ignored, ignored):
             raise ShardDataError(
                 f"{where}: {name}: expected the code {codec.ignored} exactly at the pixels whose "
@@ -74,13 +83,27 @@ def check_maps(maps: ImageMaps, record: ImageRecord, schema: MapSchema) -> None:
                 f"{IGNORE_LABEL}"
             )
 
-    _check_array(where, "discrepancy", maps.discrepancy, grid, "float32", "float16")
+    check_array(where, "discrepancy", maps.discrepancy, grid, "float32", "float16")
     _check_range(where, "discrepancy", maps.discrepancy, 0.0, np.inf)
     for name, wanted in (("logits", schema.logits), ("aux_logits", schema.aux_logits)):
-        logits = _optional(where, name, getattr(maps, name), wanted)
-        if logits is not None:
-            _check_array(where, name, logits, (classes, *grid), "float16")
-            _check_range(where, name, logits, -np.inf, 0.0)
+        check_logits(name, getattr(maps, name), record, schema, wanted=wanted)
+
+
+def check_logits(
+    name: str,
+    logits: npt.NDArray[np.float16] | None,
+    record: ImageRecord,
+    schema: MapSchema,
+    *,
+    wanted: bool,
+) -> None:
+    """Refuse logits that do not fit the schema or the image; see :func:`check_maps`."""
+    where = f"image {record.image_id}"
+    given = _optional(where, name, logits, wanted)
+    if given is not None:
+        shape = (schema.num_classes, record.grid_height, record.grid_width)
+        check_array(where, name, given, shape, "float16")
+        _check_range(where, name, given, -np.inf, 0.0)
 
 
 def _optional(where: str, name: str, array: _Array | None, wanted: bool) -> _Array | None:
@@ -92,9 +115,12 @@ def _optional(where: str, name: str, array: _Array | None, wanted: bool) -> _Arr
     )
 
 
-def _check_array(
-    where: str, name: str, array: object, shape: tuple[int, ...], *dtypes: str
-) -> None:
+def check_array(where: str, name: str, array: object, shape: tuple[int, ...], *dtypes: str) -> None:
+    """Refuse what is no array of this shape and one of these dtypes.
+
+    Raises:
+        ShardDataError: It is not.
+    """
     if not isinstance(array, np.ndarray):
         raise ShardDataError(f"{where}: {name}: expected a NumPy array, got {type(array).__name__}")
     if array.dtype.name not in dtypes:
@@ -108,9 +134,14 @@ def _check_array(
         )
 
 
-def _check_codes(
+def check_codes(
     where: str, name: str, codes: npt.NDArray[np.integer], largest: int, special: int | None
 ) -> None:
+    """Refuse codes beyond the largest, but for a special one.
+
+    Raises:
+        ShardDataError: There are such codes.
+    """
     if int(codes.max()) <= largest:
         return
     wrong = codes[(codes > largest) & (codes != special)] if special is not None else codes

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +25,10 @@ from rdd_storage.errors import (
 from rdd_storage.identity import identity_difference, mismatch_error
 from rdd_storage.layout import ArraySpec, done_spec, map_specs, statistics_specs
 from rdd_storage.location import locate
-from rdd_storage.manifest import read_head, read_manifest
+from rdd_storage.manifest import read_head, read_manifest, require_schema
 from rdd_storage.marks import read_done
 from rdd_storage.processes import check_process
-from rdd_storage.schema import ImageRecord, MapSchema
+from rdd_storage.schema import ImageRecord, MapSchema, PackSchema, Schema, SchemaT
 from rdd_storage.statistics import MapStatistics, assemble_statistics, merge_statistics
 from rdd_storage.tensors import OpenArray, Pending, open_array
 
@@ -36,7 +37,6 @@ Request = tuple[str, str, Window | None]
 
 _T = TypeVar("_T")
 _S = TypeVar("_S")
-_GRID_ARRAYS = ("discrepancy", "logits", "aux_logits")
 _SHARDS_AHEAD = 1  # of maps, read while the caller works on a shard
 _STATISTICS_AHEAD = 8  # shards; their counts are small
 
@@ -54,8 +54,10 @@ class ShardMaps:
     maps of one array share memory."""
 
 
-class MapReader:
+class StoreReader(Generic[SchemaT]):
     """One published version of a store, or what is done of an unfinished one.
+
+    :class:`MapReader` and :class:`PackReader` are for the two kinds of stores.
 
     Reads are in the codes of :mod:`rdd_storage.quantise`; nothing is converted to float64.
     Picklable, and safe with the ``spawn`` and ``forkserver`` start methods: each process opens the
@@ -69,12 +71,17 @@ class MapReader:
     Raises:
         StoreNotFoundError: There is no map store.
         StoreFormatError: The store is of another format version, or damaged.
+        StoreMismatchError: The store is of the other kind.
         UnknownVersionError: The store has no such version.
         StoreUnavailableError, StoreAccessError: The place cannot be read.
     """
 
+    _schema_type: ClassVar[type[Schema] | None] = None
+    """What the stores of a subclass have; None opens all."""
+
     def __init__(self, path: str | PathLike[str], *, version: int | None = None) -> None:
         self._head = read_head(locate(path))
+        require_schema(self._head, self._schema_type)
         self._manifest = read_manifest(self._head, version)
         self._rows = {
             record.image_id: (row, record)
@@ -90,7 +97,7 @@ class MapReader:
         return self.__dict__ | {"_tensors": {}, "_kept": {array: {} for array in self._kept}}
 
     def __repr__(self) -> str:
-        return f"MapReader({self.path!r})"
+        return f"{type(self).__name__}({self.path!r})"
 
     @property
     def path(self) -> str:
@@ -103,14 +110,19 @@ class MapReader:
         return self._manifest.version if self.complete else 0
 
     @property
+    def images_version(self) -> int:
+        """The version that first had these images and maps; later ones only added arrays."""
+        return self._manifest.images_of or self.version
+
+    @property
     def complete(self) -> bool:
         """Whether the store was published when it was opened."""
         return self._head.complete
 
     @property
-    def schema(self) -> MapSchema:
-        """Arrays and sizes."""
-        return self._head.schema
+    def schema(self) -> SchemaT:
+        """Arrays and sizes, as this version has them."""
+        return cast("SchemaT", self._head.schema_of(self._manifest.version))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -199,7 +211,7 @@ class MapReader:
         if not self.complete:
             raise StoreIncompleteError(
                 f"{self.path}: expected a finished store, got one that is still being built; "
-                "build the maps again to finish it"
+                f"{self.schema.remedy} to finish it"
             )
 
     def read(
@@ -249,8 +261,9 @@ class MapReader:
             UnknownArrayError, StoreIncompleteError, StoreDamagedError: See :meth:`read`.
         """
         spec = self._spec(array)
-        per_point = spec.numpy_dtype.itemsize * int(np.prod(spec.shape[1:-2], dtype=np.int64))
-        sizes = [self._size(array, record) for record in self.records]
+        of_a_point = spec.window(slice(0, 1), slice(0, 1))
+        per_point = spec.numpy_dtype.itemsize * math.prod(part.stop for part in of_a_point)
+        sizes = [spec.size(record) for record in self.records]
         if sum(height * width for height, width in sizes) * per_point > budget:
             return False
         kept = self._kept.setdefault(array, {})
@@ -287,44 +300,10 @@ class MapReader:
                 batch = self._finish_rows(pending, name, shard)
                 views = []
                 for index, image_id in enumerate(members):
-                    height, width = self._size(name, self._rows[image_id][1])
-                    views.append(batch[index, ..., :height, :width])
+                    inside = self._spec(name).inside(self._rows[image_id][1])
+                    views.append(batch[index][inside])
                 maps[name] = tuple(views)
             yield ShardMaps(shard=shard, image_ids=tuple(members), maps=maps)
-
-    def statistics(self) -> MapStatistics:
-        """Statistics of all images of the version; a few shards' counts are in memory at a time.
-
-        Raises:
-            StoreIncompleteError: The store is not built to the end.
-            StoreDamagedError: Stored counts are missing or fail their checksum.
-        """
-        if not self.complete:
-            raise StoreIncompleteError(
-                f"{self.path}: expected a finished store, got one that is still being built; "
-                "statistics are read when all images are done"
-            )
-        specs = statistics_specs(self.schema, self._manifest.num_rows)
-        by_shard = self._by_shard()
-
-        def start(shard: int) -> dict[str, list[Pending]]:
-            return {name: self._start_rows(spec, by_shard[shard]) for name, spec in specs.items()}
-
-        parts = []
-        for shard, reads in _ahead(by_shard, start, _STATISTICS_AHEAD):
-            members = by_shard[shard]
-            arrays = {}
-            for name, pending in reads.items():
-                counts = self._finish_rows(pending, name, shard)
-                arrays[name.removeprefix("statistics/")] = counts
-            if np.isnan(arrays["sums"]).any():
-                raise StoreDamagedError(
-                    f"{self.path}: statistics of shard {shard}: expected the counts of version "
-                    f"{self.version}, but those of images that have changed since were lost to "
-                    "damage; read a newer version"
-                )
-            parts.append(assemble_statistics(members, arrays))
-        return merge_statistics(parts)
 
     def _entry(self, image_id: str) -> tuple[int, ImageRecord]:
         try:
@@ -332,22 +311,26 @@ class MapReader:
         except KeyError:
             raise UnknownImageError(
                 f"{self.path}: expected one of the store's {len(self._rows)} images, got "
-                f"{image_id!r}; build maps for this data set, or check the name"
+                f"{image_id!r}; {self.schema.remedy} with this data set, or check the name"
             ) from None
 
     def _spec(self, array: str) -> ArraySpec:
         spec = self._specs.get(array)
-        if spec is None:
+        if spec is None and array in self._head.added:
             raise UnknownArrayError(
-                f"{self.path}: expected one of {', '.join(self.arrays)}, got {array!r}; arrays "
-                "that were left out come with another build"
+                f"{self.path}: {array}: expected a version from {self._head.added[array]} on, "
+                f"which added it, got version {self.version}; read a newer version"
+            )
+        if spec is None:
+            remedy = (
+                "logits can be added to the store"
+                if array == "logits"
+                else "arrays that were left out come with another build"
+            )
+            raise UnknownArrayError(
+                f"{self.path}: expected one of {', '.join(self.arrays)}, got {array!r}; {remedy}"
             )
         return spec
-
-    def _size(self, array: str, record: ImageRecord) -> tuple[int, int]:
-        if array in _GRID_ARRAYS:
-            return record.grid_height, record.grid_width
-        return record.height, record.width
 
     def _by_shard(self) -> dict[int, list[str]]:
         by_shard: dict[int, list[str]] = {}
@@ -359,8 +342,8 @@ class MapReader:
         for image_id in image_ids:
             if not self.is_done(image_id):
                 raise StoreIncompleteError(
-                    f"{self.path}: image {image_id}: expected its maps to be done, but they are "
-                    "not yet; build the maps again to finish them"
+                    f"{self.path}: image {image_id}: expected it to be done, but it is not yet; "
+                    f"{self.schema.remedy} to finish it"
                 )
 
     def _start(
@@ -369,7 +352,7 @@ class MapReader:
         """Begin a read; the result waits for it."""
         spec = self._spec(array)
         row, record = self._entry(image_id)
-        size = self._size(array, record)
+        size = spec.size(record)
         crop = (slice(0, size[0]), slice(0, size[1]))
         if window is not None:
             crop = _check_window(array, image_id, window, size)
@@ -377,16 +360,16 @@ class MapReader:
         what = f"image {image_id}"
         kept = self._kept.get(array)
         if kept is None:
-            pending = self._tensor(spec).read(_selection(spec, slice(row, row + 1), *crop))
+            pending = self._tensor(spec).read((slice(row, row + 1), *spec.window(*crop)))
             return lambda: self._finish(pending, array, what)[0]
         if image_id in kept:
-            return lambda: kept[image_id][(..., *crop)].copy()
-        whole = _selection(spec, slice(row, row + 1), *(slice(0, n) for n in size))
+            return lambda: kept[image_id][spec.window(*crop)].copy()
+        whole = (slice(row, row + 1), *spec.inside(record))
         pending = self._tensor(spec).read(whole)
 
         def keep() -> npt.NDArray[np.generic]:
             kept[image_id] = self._finish(pending, array, what)[0]
-            return kept[image_id][(..., *crop)].copy()
+            return kept[image_id][spec.window(*crop)].copy()
 
         return keep
 
@@ -429,8 +412,85 @@ class MapReader:
         return tensor
 
 
-def _selection(spec: ArraySpec, rows: slice, *crop: slice) -> tuple[slice, ...]:
-    return (rows, *(slice(0, length) for length in spec.shape[1:-2]), *crop)
+class MapReader(StoreReader[MapSchema]):
+    """The maps of one published version of a store; see :class:`StoreReader`."""
+
+    _schema_type = MapSchema
+
+    def statistics(self) -> MapStatistics:
+        """Statistics of all images of the version; a few shards' counts are in memory at a time.
+
+        Raises:
+            StoreIncompleteError: The store is not built to the end.
+            StoreDamagedError: Stored counts are missing or fail their checksum.
+        """
+        return merge_statistics(
+            [assemble_statistics(names, arrays) for names, arrays in self.iter_statistics()]
+        )
+
+    def iter_statistics(
+        self, arrays: Sequence[str] | None = None
+    ) -> Iterator[tuple[tuple[str, ...], dict[str, npt.NDArray[Any]]]]:
+        """The counts of all images of the version, a shard at a time, in the order of the rows.
+
+        For what :meth:`statistics` adds up or would take too much memory for.
+
+        Args:
+            arrays: Some of ``hardness``, ``discrepancy``, ``confidence``, ``confusion``, ``sums``
+                (docs/store-format.md, 3.7); None takes all. ``sums`` always comes along.
+
+        Yields:
+            The names of a shard's images, and each array with one row for each of them.
+
+        Raises:
+            UnknownArrayError: There is no such array.
+            StoreIncompleteError: The store is not built to the end.
+            StoreDamagedError: Stored counts are missing or fail their checksum.
+        """
+        if not self.complete:
+            raise StoreIncompleteError(
+                f"{self.path}: expected a finished store, got one that is still being built; "
+                "statistics are read when all images are done"
+            )
+        specs = {
+            name.removeprefix("statistics/"): spec
+            for name, spec in statistics_specs(self.schema, self._manifest.num_rows).items()
+        }
+        chosen = set(specs if arrays is None else arrays) | {"sums"}
+        if unknown := sorted(chosen - set(specs)):
+            raise UnknownArrayError(
+                f"{self.path}: statistics: expected some of {', '.join(specs)}, got {unknown[0]!r}"
+            )
+        by_shard = self._by_shard()
+
+        def start(shard: int) -> dict[str, list[Pending]]:
+            return {
+                name: self._start_rows(spec, by_shard[shard])
+                for name, spec in specs.items()
+                if name in chosen
+            }
+
+        for shard, reads in _ahead(by_shard, start, _STATISTICS_AHEAD):
+            counts = {
+                name: self._finish_rows(pending, f"statistics/{name}", shard)
+                for name, pending in reads.items()
+            }
+            if np.isnan(counts["sums"]).any():
+                raise StoreDamagedError(
+                    f"{self.path}: statistics of shard {shard}: expected the counts of version "
+                    f"{self.version}, but those of images that have changed since were lost to "
+                    "damage; read a newer version"
+                )
+            yield tuple(by_shard[shard]), counts
+
+
+class PackReader(StoreReader[PackSchema]):
+    """Decoded images, ``rgb`` uint8 (h, w, 3), and ``label`` uint8 (h, w), 255 where ignored.
+
+    See :class:`StoreReader`. Images are what the decoder of the machine that packed them gave.
+    """
+
+    _schema_type = PackSchema
 
 
 def _ahead(jobs: Iterable[_T], start: Callable[[_T], _S], depth: int) -> Iterator[tuple[_T, _S]]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
+from rdd_storage.additions import ADDABLE
 from rdd_storage.errors import StoreRemovalError, UnknownVersionError
 from rdd_storage.layout import done_spec, map_specs, statistics_specs
 from rdd_storage.lease import LEASE_KEY, hold_lease
@@ -21,6 +22,7 @@ from rdd_storage.manifest import (
     read_manifest,
     replace_head,
 )
+from rdd_storage.schema import with_arrays
 
 
 def remove_version(
@@ -67,7 +69,7 @@ def remove_version(
                 f"{location}: expected an earlier version than the published one, got {version}; "
                 "say that the newest may be removed to go back to the version before"
             )
-        head = replace(head, versions=left, version=max(left))
+        head = replace(head, versions=left).back_to(max(left))
         if head.draft is not None and version > head.version:
             head = replace(head, draft=None)  # it was planned to follow the version removed
         lease.ticket.check()
@@ -139,7 +141,10 @@ def _unused(location: Location, head: Head) -> Iterator[tuple[str, int]]:
             yield key, size
     # The marks first: a shard that is gone in part must not look done.
     rows = max(manifest.num_rows, head.num_rows)
-    maps = (*map_specs(schema, rows), *statistics_specs(schema, rows))
+    adds = draft.adds if draft is not None else ()
+    maps = (*map_specs(with_arrays(schema, adds), rows), *statistics_specs(schema, rows))
+    for name in set(ADDABLE) - set(maps):  # of a version that is gone or was never finished
+        yield from list(location.list_sizes(name))
     for name in (done_spec(schema, rows).name, *maps):
         for key, size in list(location.list_sizes(f"{name}/c")):
             shard = int(key.removeprefix(f"{name}/c/").partition("/")[0])

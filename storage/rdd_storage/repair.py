@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 from rdd_storage.location import locate
 from rdd_storage.manifest import read_head
 from rdd_storage.remove import remove_unused
 from rdd_storage.verify import Damage, verify_store
-from rdd_storage.writer import MapWriter
+from rdd_storage.writer import StoreWriter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +26,8 @@ class RepairReport:
     restored: tuple[str, ...]
     """Keys of metadata and coordinates that were written anew from the manifest."""
     reopened: tuple[int, ...]
-    """Shards that are pending now: build the maps again to have them made anew."""
+    """Shards that are pending now: build the maps, or pack the data, again to have them made
+    anew."""
     lost: tuple[int, ...]
     """Damaged shards that hold images of earlier versions alone, which no build can make again;
     remove these versions."""
@@ -42,8 +44,9 @@ def repair_store(
     """Verify a store, restore what follows from its manifest, and reopen its damaged shards.
 
     A published store stays published: its undamaged images are read as before. The teacher then
-    builds the reopened shards as it builds those of a new store; nothing else is written again.
-    Images of damaged shards that only earlier versions have keep what can be read of them.
+    builds the reopened shards as it builds those of a new store, or ``rdd data pack`` decodes their
+    images; nothing else is written again. Images of damaged shards that only earlier versions have
+    keep what can be read of them.
 
     Args:
         path: Path or URL of the store.
@@ -57,7 +60,7 @@ def repair_store(
         StoreWriteError: The store cannot be changed.
     """
     report = verify_store(path, progress)
-    writer = MapWriter.open(path)
+    writer: StoreWriter[Any, Any] = StoreWriter.open(path)
     with writer.lease(wait=wait):
         restored = writer.restore_metadata()
         bad = report.bad_shards

@@ -1,16 +1,19 @@
-"""What a store holds: the arrays it has, their sizes, and its images."""
+"""What a store holds, maps or decoded images: the arrays it has, their sizes, and its images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from rdd_storage.errors import StoreFormatError
 from rdd_storage.quantise import HardnessCodec, hardness_codec
 
 MAX_CLASSES = 255
 """Predictions are uint8 and 255 means none."""
+
+MAX_PACKED_CLASSES = 254
+"""Labels are uint8; 254 means unwritten and 255 ignored."""
 
 PUBLISHED_DISCREPANCY = "KL(aux || main)"
 """How d is obtained unless a store says otherwise."""
@@ -20,7 +23,16 @@ _CHUNK = {"chunk_height": 1024, "chunk_width": 2048}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MapSchema:
-    """Sizes and options that decide the arrays of a store."""
+    """Sizes and options that decide the arrays of a store of maps."""
+
+    kind: ClassVar[str] = "maps"
+    """What a store of this schema holds."""
+    made_by: ClassVar[str] = "maps, as 'rdd maps build' makes them"
+    """The same for messages."""
+    sizes: ClassVar[tuple[str, ...]] = ("height", "width", "grid_height", "grid_width")
+    """Fields of the largest image, and of each image's record."""
+    remedy: ClassVar[str] = "build the maps again"
+    """How a store of this schema is finished or mended."""
 
     num_classes: int
     """C, the number of classes: 1 to 255."""
@@ -58,20 +70,7 @@ class MapSchema:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
-        for name in ("height", "width", "grid_height", "grid_width", "output_stride", *_CHUNK):
-            _expect_count(name, getattr(self, name))
-        _expect_count("shard_images", self.shard_images)
-        _expect_count("num_classes", self.num_classes)
-        if self.num_classes > MAX_CLASSES:
-            raise StoreFormatError(
-                f"schema.num_classes: expected at most {MAX_CLASSES}, got {self.num_classes}; "
-                "predictions are stored in one byte"
-            )
-        if len(self.class_names) != self.num_classes:
-            raise StoreFormatError(
-                f"schema.class_names: expected {self.num_classes} names, one for each class, "
-                f"got {len(self.class_names)}"
-            )
+        _check_common(self, ("output_stride",), MAX_CLASSES, "predictions are stored in one byte")
         if self.hardness_bits not in (8, 16):
             raise StoreFormatError(
                 f"schema.hardness_bits: expected 8 or 16, got {self.hardness_bits!r}"
@@ -93,13 +92,82 @@ class MapSchema:
         Raises:
             StoreFormatError: A field is missing or has a value that makes no sense.
         """
-        known = {field.name for field in fields(cls)}
         # A store keeps the chunks it was made with; this is what they were before they were named.
-        values = dict(_CHUNK) | dict(data)
-        try:
-            return cls(**{key: value for key, value in values.items() if key in known})
-        except TypeError as error:
-            raise StoreFormatError(f"schema: {error}") from error
+        return _from_json(cls, dict(_CHUNK) | dict(data))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackSchema:
+    """Sizes that decide the arrays of a pack: decoded images and labels."""
+
+    kind: ClassVar[str] = "pack"
+    """What a store of this schema holds."""
+    made_by: ClassVar[str] = "images and labels, as 'rdd data pack' makes them"
+    """The same for messages."""
+    sizes: ClassVar[tuple[str, ...]] = ("height", "width")
+    """Fields of the largest image, and of each image's record."""
+    remedy: ClassVar[str] = "pack the data again with 'rdd data pack CONFIG'"
+    """How a store of this schema is finished or mended."""
+
+    num_classes: int
+    """C, the number of classes: 1 to 254."""
+    class_names: tuple[str, ...]
+    """One name for each class."""
+    height: int
+    """Height of the largest image, in pixels; smaller images are padded."""
+    width: int
+    """Width of the largest image, in pixels."""
+    shard_images: int = 8
+    """K, images per shard; half of the maps', since an image takes four times their bytes."""
+    # Measured at 1024 x 2048 on photographs, crops of 512 x 1024 at scales of 0.5 to 2: images are
+    # large after compression, so what is decoded beyond the crop costs more than in maps; smaller
+    # chunks gain no more.
+    chunk_height: int = 128
+    """Most rows of pixels in one compressed chunk."""
+    chunk_width: int = 256
+    """Most columns of pixels in one compressed chunk."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+        _check_common(
+            self, (), MAX_PACKED_CLASSES, "254 and 255 mean unwritten and ignored in labels"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The schema as JSON values."""
+        return {"kind": self.kind} | asdict(self) | {"class_names": list(self.class_names)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PackSchema:
+        """The schema from :meth:`to_json`; keys that this version does not know are skipped.
+
+        Raises:
+            StoreFormatError: A field is missing or has a value that makes no sense.
+        """
+        return _from_json(cls, data)
+
+
+Schema: TypeAlias = MapSchema | PackSchema
+"""What a store may hold."""
+
+SchemaT = TypeVar("SchemaT", bound=Schema)
+
+
+def schema_from_json(data: Mapping[str, Any]) -> Schema:
+    """The schema of a store of any kind.
+
+    Raises:
+        StoreFormatError: The kind is unknown, or a field is missing or makes no sense.
+    """
+    kind = data.get("kind", MapSchema.kind)  # maps do not say so: they were there first
+    if kind == MapSchema.kind:
+        return MapSchema.from_json(data)
+    if kind == PackSchema.kind:
+        return PackSchema.from_json(data)
+    raise StoreFormatError(
+        f"schema.kind: expected {MapSchema.kind} or {PackSchema.kind}, got {kind!r}; upgrade "
+        "rdd-maps to read this store"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,15 +180,21 @@ class ImageRecord:
     """Height in pixels."""
     width: int
     """Width in pixels."""
-    grid_height: int
-    """Height of the teacher's logits for this image."""
-    grid_width: int
-    """Width of the teacher's logits for this image."""
+    grid_height: int = 0
+    """Height of the teacher's logits for this image; 0 in a pack, which has none."""
+    grid_width: int = 0
+    """Width of the teacher's logits for this image; 0 in a pack."""
     digest: str
     """SHA-256, in hex, over the bytes of the image and its label."""
 
 
-def check_images(schema: MapSchema, images: tuple[ImageRecord, ...]) -> None:
+def with_arrays(schema: SchemaT, arrays: Collection[str], *, present: bool = True) -> SchemaT:
+    """The schema with some optional arrays, or without; names it does not know are skipped."""
+    changes: dict[str, Any] = {name: present for name in arrays if hasattr(schema, name)}
+    return replace(schema, **changes) if changes else schema
+
+
+def check_images(schema: Schema, images: tuple[ImageRecord, ...]) -> None:
     """Refuse an image list that the schema cannot hold.
 
     Raises:
@@ -136,9 +210,9 @@ def check_images(schema: MapSchema, images: tuple[ImageRecord, ...]) -> None:
                 f"images: the name {record.image_id!r} {problem}; give each image its own name"
             )
         seen.add(record.image_id)
-        for name in ("height", "width", "grid_height", "grid_width"):
-            value, limit = getattr(record, name), getattr(schema, name)
-            if not 1 <= value <= limit:
+        for name in MapSchema.sizes:
+            value, limit = getattr(record, name), getattr(schema, name, 0)
+            if not min(1, limit) <= value <= limit:
                 raise StoreFormatError(
                     f"image {record.image_id}: {name}: expected 1 to {limit} (the schema's "
                     f"largest), got {value}"
@@ -164,6 +238,28 @@ def record_differences(expected: Sequence[ImageRecord], found: Sequence[ImageRec
     if not lines and [r.image_id for r in expected] != [r.image_id for r in found]:
         lines.append("images: expected another order than the store's")
     return lines
+
+
+def _check_common(schema: Schema, counts: Sequence[str], most_classes: int, why: str) -> None:
+    for name in (*schema.sizes, *counts, *_CHUNK, "shard_images", "num_classes"):
+        _expect_count(name, getattr(schema, name))
+    if schema.num_classes > most_classes:
+        raise StoreFormatError(
+            f"schema.num_classes: expected at most {most_classes}, got {schema.num_classes}; {why}"
+        )
+    if len(schema.class_names) != schema.num_classes:
+        raise StoreFormatError(
+            f"schema.class_names: expected {schema.num_classes} names, one for each class, "
+            f"got {len(schema.class_names)}"
+        )
+
+
+def _from_json(cls: type[SchemaT], data: Mapping[str, Any]) -> SchemaT:
+    known = {field.name for field in fields(cls)}
+    try:
+        return cls(**{key: value for key, value in data.items() if key in known})
+    except TypeError as error:
+        raise StoreFormatError(f"schema: {error}") from error
 
 
 def _expect_count(name: str, value: object) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
+from rdd_storage.additions import added_specs, shards_without
 from rdd_storage.errors import StoreError, StoreNotFoundError
 from rdd_storage.identity import FORMAT_VERSION
 from rdd_storage.layout import NEVER, all_specs, done_spec
@@ -24,6 +25,8 @@ class GrowthStatus:
     """All images of the next version."""
     images_done: int
     """Those that have their maps already, kept ones included."""
+    adds: tuple[str, ...] = ()
+    """Arrays that it adds to the images of the published version."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +34,8 @@ class StoreStatus:
     """State of one store."""
 
     path: str
+    kind: str
+    """``maps``, or ``pack`` for decoded images and labels."""
     fingerprint: str
     format_version: int
     version: int
@@ -56,7 +61,8 @@ class StoreStatus:
     holder: LeaseInfo | None
     """Who is building the store at this moment; None when nobody is."""
     arrays: dict[str, int]
-    """Bytes of each array; ``statistics`` together, the rest under ``metadata``."""
+    """Bytes of each array of the published version; ``statistics`` together, arrays that are being
+    added as ``unfinished``, the rest as ``metadata``."""
     identity: dict[str, Any]
     """What decided the content."""
     software: str
@@ -113,15 +119,17 @@ def _status(location: Location) -> StoreStatus:
     shards = set(shard_of)
     undone = {shard for row, shard in zip(manifest.rows, shard_of, strict=True) if not done[row]}
     images_done = int(done[list(manifest.rows)].sum())
-    sizes = dict.fromkeys((*all_specs(schema, num_rows), "metadata"), 0)
+    adding = {} if draft is None else added_specs(head, draft)
+    sizes = dict.fromkeys((*all_specs(schema, num_rows), *adding, "metadata"), 0)
     for key, size in location.list_sizes():
         name = key.partition("/c/")[0]
         sizes[name if name in sizes else "metadata"] += size
     arrays: dict[str, int] = {}
     for name, size in sizes.items():
         group = "statistics" if name.startswith("statistics/") else name
+        group = "unfinished" if name in adding else group
         arrays[group] = arrays.get(group, 0) + size
-    map_bytes = sum(size for name, size in arrays.items() if name != "metadata")
+    map_bytes = sum(arrays.values()) - arrays["metadata"] - arrays.get("unfinished", 0)
     lease = read_lease(location)
     growth = None
     if draft is not None:
@@ -130,8 +138,14 @@ def _status(location: Location) -> StoreStatus:
             images=len(draft.records),
             images_done=int(done[list(draft.rows)].sum()),
         )
+        if adding:
+            by_shard = draft.by_shard(schema.shard_images)
+            pending = shards_without(location, list(adding.values()), by_shard)
+            left = sum(len(by_shard[shard]) for shard in pending)
+            growth = replace(growth, images_done=growth.images - left, adds=draft.adds)
     return StoreStatus(
         path=location.url,
+        kind=schema.kind,
         fingerprint=head.fingerprint,
         format_version=FORMAT_VERSION,
         version=head.version,

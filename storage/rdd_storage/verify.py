@@ -157,12 +157,13 @@ class _Contents:
                     yield spec, index
             else:
                 for shard in shards:
-                    yield spec, shard
+                    if any(self._has(spec, entry) for entry in self._entries[shard]):
+                        yield spec, shard
 
     def problem(self, unit: tuple[ArraySpec, int]) -> str:
         """What is wrong with one object; empty when nothing is."""
         spec, index = unit
-        entries = self._members(spec, index)
+        entries = [entry for entry in self._members(spec, index) if self._has(spec, entry)]
         content = self._head.location.get(object_key(spec, index))
         if content is None:
             if spec.name == LAST_VERSION and all(e.last_version == spec.fill for e in entries):
@@ -185,6 +186,9 @@ class _Contents:
             if has_unwritten(spec, data[entry.row - start], entry):
                 return f"image {entry.record.image_id} has values that were never written"
         return ""
+
+    def _has(self, spec: ArraySpec, entry: RowEntry) -> bool:
+        return self._head.has(spec.name, entry)
 
     def _same(self, spec: ArraySpec, value: Any, entry: RowEntry) -> bool:
         """Whether a coordinate has the row's value, as far as the versions that there are tell."""

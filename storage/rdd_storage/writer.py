@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import numpy as np
 
 from rdd_storage.coordinates import (
-    COORDINATES,
     coordinate_objects,
+    coordinates_attribute,
     metadata_objects,
     root_attributes,
 )
@@ -59,24 +59,42 @@ from rdd_storage.manifest import (
     read_head_with_token,
     read_manifest,
     replace_head,
+    require_schema,
+    store_draft,
 )
-from rdd_storage.maps import ImageMaps, check_maps
+from rdd_storage.maps import ImageLogits, ImageMaps
 from rdd_storage.marks import read_done
-from rdd_storage.schema import ImageRecord, MapSchema, check_images, record_differences
-from rdd_storage.shards import ShardContent
+from rdd_storage.packs import PackedImage
+from rdd_storage.schema import (
+    ImageRecord,
+    MapSchema,
+    PackSchema,
+    Schema,
+    SchemaT,
+    check_images,
+    record_differences,
+    with_arrays,
+)
+from rdd_storage.shards import Content, ShardContent, check_content
 
-_SIZES = ("height", "width", "grid_height", "grid_width")
 _CHUNKS = ("chunk_height", "chunk_width")
 _LISTED = 10  # differing images that a message names
-_BRIEF_WAIT = 5.0  # seconds; planning and publishing hold the lease for less
+BRIEF_WAIT = 5.0  # seconds; planning and publishing hold the lease for less
+
+_Item = TypeVar("_Item", bound=Content | ImageLogits)
+_ContentT = TypeVar("_ContentT", bound=Content)
 
 
-class MapWriter:
-    """Writes the maps of a data set split.
+class StoreWriter(Generic[SchemaT, _ContentT]):
+    """Writes what is stored of a data set split; :class:`MapWriter` and :class:`PackWriter` are
+    for the two kinds of stores, this class is for what they share.
 
     Made by :meth:`create`, :meth:`extend` or :meth:`open`. Picklable: a worker process that
     receives one writes to the same store, under the lease that was held when it was pickled.
     """
+
+    _schema_type: ClassVar[type[Schema] | None] = None
+    """What the stores of a subclass have; None opens all."""
 
     def __init__(self, head: Head, manifest: Manifest, growth: Growth | None = None) -> None:
         self._head = head
@@ -89,13 +107,13 @@ class MapWriter:
         cls,
         path: str | PathLike[str],
         *,
-        schema: MapSchema,
+        schema: SchemaT,
         images: Sequence[ImageRecord],
         identity: Mapping[str, Any],
         palette: Sequence[Sequence[int]] | None = None,
         attributes: Mapping[str, Any] | None = None,
         grow: bool = False,
-    ) -> MapWriter:
+    ) -> Self:
         """Make an empty store, or open the one that is there to go on building it.
 
         Args:
@@ -135,14 +153,14 @@ class MapWriter:
         )
         writer = cls(head, Manifest.first(records))
         if location.get(HEAD_KEY) is None:
-            with hold_lease(location, wait=_BRIEF_WAIT) as lease:
+            with hold_lease(location, wait=BRIEF_WAIT) as lease:
                 if location.get(HEAD_KEY) is None:
                     writer._lay_out(lease.ticket)
                     return writer
         existing = cls.open(path)  # raises where it is another Zarr group: never write into that
         if grow and not _same_images(records, existing.records):
             return cls.extend(path, images=records, schema=schema, identity=identity)
-        existing._refuse_mismatch(schema, identity, () if grow else _SIZES)
+        existing._refuse_mismatch(schema, identity, () if grow else schema.sizes)
         existing._refuse_other_images(records, ordered=not grow)
         return existing
 
@@ -152,9 +170,9 @@ class MapWriter:
         path: str | PathLike[str],
         *,
         images: Sequence[ImageRecord],
-        schema: MapSchema | None = None,
+        schema: SchemaT | None = None,
         identity: Mapping[str, Any] | None = None,
-    ) -> MapWriter:
+    ) -> Self:
         """Plan the next version of a store for another list of images, or resume building it.
 
         Images that the published version has with the same digest and sizes keep their maps; new
@@ -190,38 +208,37 @@ class MapWriter:
         growth = compare_images(base, records)
         if base is not None and growth.empty:
             return cls(head, base, growth)
-        if (draft := _plan(head, base, records)) == read_draft(head):
+        if (draft := plan_images(head, base, records)) == read_draft(head):
             return cls(head, draft, growth)
-        with hold_lease(location, wait=_BRIEF_WAIT) as lease:
+        with hold_lease(location, wait=BRIEF_WAIT) as lease:
             head, token = read_head_with_token(location)
             base = read_manifest(head) if head.complete else None
             growth = compare_images(base, records)
             if base is not None and growth.empty:
                 return cls(head, base, growth)
-            draft = _plan(head, base, records)
-            content = draft.encode()
+            draft = plan_images(head, base, records)
             writer = cls(head, draft, growth)
             if base is None:  # readers of an unfinished store go by the arrays' own metadata
                 writer._put_changed(writer._derived_objects(draft.num_rows))
             lease.ticket.check()
-            location.put(manifest_key(draft.version), content)
-            head = replace(head, draft=(draft.version, manifest_digest(content)))
-            replace_head(head, token)
+            head = store_draft(head, token, draft)
         return cls(head, draft, growth)
 
     @classmethod
-    def open(cls, path: str | PathLike[str]) -> MapWriter:
+    def open(cls, path: str | PathLike[str]) -> Self:
         """Open the published version of a store, or the first one to go on building it.
 
         Raises:
             StoreNotFoundError: There is no map store.
             StoreFormatError: The store is of another format version or damaged.
+            StoreMismatchError: The store is of the other kind.
         """
         head = read_head(locate(path))
+        require_schema(head, cls._schema_type)
         return cls(head, read_manifest(head))
 
     def __repr__(self) -> str:
-        return f"MapWriter({self.path!r}, version {self.version})"
+        return f"{type(self).__name__}({self.path!r}, version {self.version})"
 
     @property
     def path(self) -> str:
@@ -229,9 +246,10 @@ class MapWriter:
         return self._head.location.url
 
     @property
-    def schema(self) -> MapSchema:
-        """The store's schema."""
-        return self._head.schema
+    def schema(self) -> SchemaT:
+        """The store's schema, as the version that is written has it."""
+        # open() has seen that it is of this kind.
+        return with_arrays(cast("SchemaT", self._head.schema), self._manifest.adds)
 
     @property
     def fingerprint(self) -> str:
@@ -320,7 +338,7 @@ class MapWriter:
             finally:
                 self._ticket = None
 
-    def write_shard(self, shard: int, maps: Sequence[ImageMaps]) -> None:
+    def write_shard(self, shard: int, maps: Sequence[_ContentT]) -> None:
         """Write all arrays of a shard, then mark its images done.
 
         Writing a shard again is allowed and gives the same bytes for the same maps. Each object
@@ -329,7 +347,7 @@ class MapWriter:
 
         Args:
             shard: Number of the shard.
-            maps: The maps of its images, one for each, in any order.
+            maps: The maps, or decoded images, of its images, one for each, in any order.
 
         Raises:
             ShardDataError: An image is missing, foreign or given twice, or an array has a wrong
@@ -343,9 +361,9 @@ class MapWriter:
         ordered = self._in_row_order(shard, [entry.record for entry in entries], maps)
         try:
             for entry, item in zip(entries, ordered, strict=True):
-                check_maps(item, entry.record, self.schema)
+                check_content(item, entry.record, self.schema)
             self._check_lease()
-            content = ShardContent(self._head.location, self.schema, shard)
+            content = ShardContent(self._head, self.schema, shard)
             content.add(entries, ordered)
             content.keep(self._retired_by_shard.get(shard, []))
             for objects in content.encode():
@@ -393,8 +411,10 @@ class MapWriter:
                 latest=self.version,
                 num_rows=num_rows,
                 draft=None,
-                attributes=head.attributes | {"coordinates": COORDINATES},
+                attributes=head.attributes | {"coordinates": coordinates_attribute(self.schema)},
                 arrays=consolidated_metadata(self.schema, num_rows),
+                schema=self.schema,
+                added=head.added | dict.fromkeys(self._manifest.adds, self.version),
             )
             self._check_lease()
             replace_head(head, token)
@@ -432,7 +452,7 @@ class MapWriter:
             written = self._put_changed(self._derived_objects(num_rows))
             arrays = consolidated_metadata(self.schema, num_rows) if head.complete else {}
             if any(head.arrays.get(name) != node for name, node in arrays.items()):
-                attributes = head.attributes | {"coordinates": COORDINATES}
+                attributes = head.attributes | {"coordinates": coordinates_attribute(self.schema)}
                 self._check_lease()
                 replace_head(replace(head, arrays=arrays, attributes=attributes), token)
                 written = (*written, HEAD_KEY)
@@ -470,7 +490,7 @@ class MapWriter:
 
     def _refuse_mismatch(
         self,
-        schema: MapSchema | None,
+        schema: Schema | None,
         identity: Mapping[str, Any] | None,
         sizes: Sequence[str],
     ) -> None:
@@ -479,7 +499,7 @@ class MapWriter:
         if identity is not None:
             lines += identity_difference(identity, self._head.identity)
         if schema is not None:
-            left_out = {*_SIZES, *_CHUNKS} - set(sizes)
+            left_out = {*self.schema.sizes, *_CHUNKS} - set(sizes)
             wanted, found = (
                 {key: value for key, value in each.to_json().items() if key not in left_out}
                 for each in (schema, self.schema)
@@ -504,7 +524,7 @@ class MapWriter:
             self._ticket.check()
             yield
             return
-        with self.lease(wait=_BRIEF_WAIT):
+        with self.lease(wait=BRIEF_WAIT):
             yield
 
     def _check_lease(self) -> None:
@@ -550,18 +570,14 @@ class MapWriter:
             more = f" and {len(pending) - _LISTED} more" if len(pending) > _LISTED else ""
             raise StoreIncompleteError(
                 f"{self.path}: expected all {len(self._by_shard)} shards to be done, but "
-                f"{len(pending)} are not ({shown}{more}); build the maps again to finish them"
+                f"{len(pending)} are not ({shown}{more}); {self.schema.remedy} to finish them"
             )
 
     # -- writing -----------------------------------------------------------------------------
 
     @cached_property
     def _by_shard(self) -> dict[int, list[RowEntry]]:
-        """The current images of each shard that has any, in the order of their rows."""
-        shards: dict[int, list[RowEntry]] = {}
-        for entry in self._manifest.entries:
-            shards.setdefault(entry.row // self.schema.shard_images, []).append(entry)
-        return shards
+        return self._manifest.by_shard(self.schema.shard_images)
 
     @cached_property
     def _retired_by_shard(self) -> dict[int, list[RowEntry]]:
@@ -577,8 +593,8 @@ class MapWriter:
         return done_spec(self.schema, self._manifest.num_rows)
 
     def _in_row_order(
-        self, shard: int, records: list[ImageRecord], maps: Sequence[ImageMaps]
-    ) -> list[ImageMaps]:
+        self, shard: int, records: list[ImageRecord], maps: Sequence[_Item]
+    ) -> list[_Item]:
         if not records:
             raise ShardDataError(
                 f"{self.path}: shard {shard}: expected a shard with images of version "
@@ -590,7 +606,7 @@ class MapWriter:
         foreign = sorted(by_id.keys() - wanted)
         if missing or foreign or len(by_id) != len(maps):
             raise ShardDataError(
-                f"{self.path}: shard {shard}: expected the maps of its {len(records)} images, got "
+                f"{self.path}: shard {shard}: expected those of its {len(records)} images, got "
                 f"{len(maps)}; missing: {missing[:_LISTED] or 'none'}, not of this shard: "
                 f"{foreign[:_LISTED] or 'none'}"
             )
@@ -601,11 +617,24 @@ class MapWriter:
             self._head.location.put(key, content)
 
 
+class MapWriter(StoreWriter[MapSchema, ImageMaps]):
+    """Writes the maps of a data set split."""
+
+    _schema_type = MapSchema
+
+
+class PackWriter(StoreWriter[PackSchema, PackedImage]):
+    """Writes the decoded images and labels of a data set split."""
+
+    _schema_type = PackSchema
+
+
 def _same_images(images: Sequence[ImageRecord], others: Sequence[ImageRecord]) -> bool:
     return len(images) == len(others) and set(images) == set(others)
 
 
-def _plan(head: Head, base: Manifest | None, images: Sequence[ImageRecord]) -> Manifest:
+def plan_images(head: Head, base: Manifest | None, images: Sequence[ImageRecord]) -> Manifest:
+    """The plan of the next version for these images, which keeps what an earlier plan has done."""
     draft = read_draft(head)
     free_row = head.num_rows
     if draft is None:

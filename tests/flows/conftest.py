@@ -3,10 +3,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from prefect_servers import running_server
 
 Rdd = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -37,3 +39,10 @@ def rdd(prefect_home: Path) -> Rdd:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of the API of a Prefect server that all tests share."""
+    with running_server(tmp_path_factory.mktemp("prefect-server")) as (url, _):
+        yield url

@@ -126,6 +126,35 @@ def test_verify_repair_rebuild_and_remove(
     assert not store.exists()
 
 
+def test_soft_labels_come_later(
+    rdd: Rdd, finished: tuple[Path, Path, str, str], tmp_path: Path
+) -> None:
+    _, run, _, _ = finished
+    tree = tiny_tree(tmp_path)
+    # The teacher of the finished run, so that none is trained here.
+    tree["teacher"] = {
+        "network": tree["teacher"]["network"],
+        "checkpoint": str(run / "teacher" / "weights.safetensors"),
+    }
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    lean = ("--set", "maps.soft_labels=false", "--set", "students=[supervised]")
+    built = rdd("maps", "build", config, *lean)
+    assert built.returncode == 0, built.stderr
+    store = Path(built.stdout.strip())
+    hardness = {path: path.stat().st_mtime_ns for path in (store / "hardness").rglob("*")}
+    refused = rdd("train", config, "--student", "kd")
+    assert refused.returncode == 1
+    assert str(store) in refused.stderr
+    assert "expected the maps logits, found none" in refused.stderr
+    assert "'rdd maps build CONFIG --set maps.soft_labels=true' adds logits" in refused.stderr
+    added = rdd("maps", "build", config, "--set", "maps.soft_labels=true")
+    assert added.returncode == 0, added.stderr
+    assert added.stdout == built.stdout
+    assert "adds soft labels to 7 images" in added.stderr
+    assert {path: path.stat().st_mtime_ns for path in (store / "hardness").rglob("*")} == hardness
+
+
 def test_fidelity_is_measured_and_written(
     rdd: Rdd, finished: tuple[Path, Path, str, str], tmp_path: Path
 ) -> None:

@@ -26,12 +26,13 @@ from rdd_pipeline.difficulty import prediction_discrepancy, tfe_weight, true_cla
 from rdd_pipeline.errors import ConfigError, NetworkError
 from rdd_pipeline.features import FeatureTaps, StudentOutputs, TappedStudent
 from rdd_pipeline.live_teacher import LiveTeacher
+from rdd_pipeline.loader import make_loader
 from rdd_pipeline.losses import TeacherSignals, tse_loss
 from rdd_pipeline.methods import build_loss, tapped
 from rdd_pipeline.networks import build_network, load_state, load_weights
 from rdd_pipeline.progress import Reporter
 from rdd_pipeline.stages import run_maps, run_student, run_teacher
-from rdd_pipeline.stream import MapStream, make_loader
+from rdd_pipeline.stream import MapStream
 from rdd_pipeline.student import PreparedStudent, check_networks, prepare_student
 from rdd_pipeline.teacher_views import TeacherViews
 from rdd_storage import MapReader, StoreMismatchError

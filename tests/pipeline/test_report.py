@@ -3,134 +3,26 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from rdd_pipeline.comparison import Outcome, comparison_tree
 from rdd_pipeline.config import parse_config
-from rdd_pipeline.data import SegmentationDataset, build_dataset
 from rdd_pipeline.errors import CheckpointError
 from rdd_pipeline.report import write_run_report
 from rdd_pipeline.report.curves import MAX_POINTS, Line, line_chart, thinned
-from rdd_pipeline.report.panels import VOID_COLOUR, class_colours, hardness_colours, image_panels
-from rdd_pipeline.report.store_section import rank_by_mean_hardness
-from rdd_storage import (
-    ImageMaps,
-    ImageRecord,
-    MapReader,
-    MapSchema,
-    MapWriter,
-    encode_confidence,
-    encode_hardness,
+from rdd_pipeline.report.panels import Panel, PictureBook, image_panels
+from report_pages import (
+    CONFIG,
+    Page,
+    build_store,
+    external_references,
+    hardest_panels,
+    train_set,
 )
-
-HEIGHT, WIDTH, STRIDE = 32, 48, 8
-NETWORK = {"architecture": "FPN", "encoder": "resnet18", "auxiliary": {}}
-CONFIG = {
-    "name": "tiny",
-    "data": {
-        "type": "synthetic",
-        "train_images": 10,
-        "val_images": 2,
-        "height": HEIGHT,
-        "width": WIDTH,
-    },
-    "teacher": {"network": NETWORK, "training": {"iterations": 40}},
-    "student": {"network": NETWORK, "training": {"iterations": 40}},
-    "students": ["supervised", "rdd"],
-}
-
-
-class Page(HTMLParser):
-    """What the tests ask of a page: its text, its elements and whether they are closed."""
-
-    _VOID = frozenset({"meta", "br", "img", "link", "use", "path", "rect"})
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.text = ""
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.open: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {name: value or "" for name, value in attrs}))
-        if tag not in self._VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {name: value or "" for name, value in attrs}))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self._VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.text += " " + data
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    @property
-    def words(self) -> str:
-        return " ".join(self.text.split())
-
-
-def train_set() -> SegmentationDataset:
-    return build_dataset(parse_config(copy.deepcopy(CONFIG)).data, "train")
-
-
-def build_store(path: Path, dataset: SegmentationDataset) -> MapReader:
-    """A store whose image i is harder the larger i is."""
-    rng = np.random.default_rng(0)
-    grid = (HEIGHT // STRIDE, WIDTH // STRIDE)
-    schema = MapSchema(
-        num_classes=dataset.num_classes,
-        class_names=dataset.class_names,
-        height=HEIGHT,
-        width=WIDTH,
-        grid_height=grid[0],
-        grid_width=grid[1],
-        output_stride=STRIDE,
-        shard_images=4,
-    )
-    records = [
-        ImageRecord(
-            image_id=name,
-            height=HEIGHT,
-            width=WIDTH,
-            grid_height=grid[0],
-            grid_width=grid[1],
-            digest=dataset.digest(index),
-        )
-        for index, name in enumerate(dataset.image_ids)
-    ]
-    writer = MapWriter.create(
-        path, schema=schema, images=records, identity={"test": 1}, palette=dataset.palette
-    )
-    for shard in range(writer.num_shards):
-        maps = []
-        for row in writer.shard_rows(shard):
-            label = dataset[row].label
-            p_true = rng.uniform(0.0, 1.0, label.shape).astype(np.float32) ** (1 + row)
-            maps.append(
-                ImageMaps(
-                    image_id=dataset.image_ids[row],
-                    discrepancy=rng.gamma(1.0, 1.0, grid).astype(np.float32),
-                    hardness=encode_hardness(p_true, label != 255),
-                    prediction=np.where(label == 255, 0, label),
-                    confidence=encode_confidence(np.ones(label.shape, np.float32)),
-                    label=label,
-                )
-            )
-        writer.write_shard(shard, maps)
-    writer.publish()
-    return MapReader(path)
 
 
 def metrics(names: tuple[str, ...], miou: float) -> dict[str, Any]:
@@ -179,12 +71,20 @@ def rdd_history() -> list[dict[str, float]]:
     ]
 
 
+def class_history(classes: int) -> list[dict[str, Any]]:
+    return [
+        {"iteration": 20, "relative": [0.25] * classes},
+        {"iteration": 40, "relative": [0.5] * (classes - 1) + [None]},
+    ]
+
+
 def student(names: tuple[str, ...], name: str, miou: float, step_ms: float) -> dict[str, Any]:
     config = parse_config(copy.deepcopy(CONFIG)).student
     is_rdd = name.startswith("rdd")
     result = training(names, miou, step_ms)
     if is_rdd:
         result["history"] = rdd_history()
+        result["class_history"] = class_history(len(names))
     return result | {
         "name": name,
         "method": ["rdd" if is_rdd else "supervised"],
@@ -255,28 +155,15 @@ def results(run_template: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
     return copy.deepcopy(run_template[1])
 
 
-def write_report(run_dir: Path, results: dict[str, Any]) -> tuple[str, Page]:
+def write_report(run_dir: Path, results: dict[str, Any], images: int = 0) -> tuple[str, Page]:
     file = run_dir / "results.json"
     file.write_text(json.dumps(results))
-    path = write_run_report(file)
+    path = write_run_report(file, images=images)
     assert path == run_dir / "report.html"
     html = path.read_text(encoding="utf-8")
     page = Page(html)
     assert page.open == []
     return html, page
-
-
-def external_references(html: str) -> Iterator[str]:
-    """Everything that a browser would fetch from elsewhere."""
-    for _, attributes in Page(html).elements:
-        for name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
-            value = attributes.get(name, "")
-            if value and not value.startswith(("data:", "#")):
-                yield value
-    for target in re.findall(r"url\(\s*['\"]?([^)'\"]*)", html):
-        if not target.startswith(("data:", "#")):
-            yield target
-    yield from re.findall(r"@import[^;]*", html)
 
 
 def test_the_search_for_external_references_finds_them() -> None:
@@ -290,9 +177,9 @@ def test_the_search_for_external_references_finds_them() -> None:
 def test_the_report_is_one_file_that_needs_nothing_else(
     run_dir: Path, results: dict[str, Any]
 ) -> None:
-    html, page = write_report(run_dir, results)
+    html, page = write_report(run_dir, results, images=24)
     assert list(external_references(html)) == []
-    assert page.all("script") == []
+    assert [script.get("src") for script in page.all("script")] == [None, None]  # the viewer
     assert page.all("link") == []
     assert len(html) < 5_000_000
     assert "prefers-color-scheme: dark" in html
@@ -360,7 +247,7 @@ def test_curves_and_diagnostics_are_drawn_with_the_stage_switch(
 ) -> None:
     _, page = write_report(run_dir, results)
     titles = [svg["aria-label"] for svg in page.all("svg")]
-    assert titles == [
+    assert titles[:8] == [
         "teacher: loss",
         "supervised: loss",
         "rdd: loss",
@@ -368,6 +255,7 @@ def test_curves_and_diagnostics_are_drawn_with_the_stage_switch(
         "mean weight exp(−D)",
         "hard threshold tau",
         "empty masks",
+        "teacher XOR student (trained on): share of each class's pixels",
     ]
     assert page.words.count("stage 2") - page.words.count("stage 2 (TSE)") == 5
     for label in ("teacher XOR student (trained on)", "hard for both", "stage 1 (TFE)"):
@@ -382,20 +270,44 @@ def test_evaluations_during_training_get_a_chart(run_dir: Path, results: dict[st
     assert page.all("svg")[0]["aria-label"] == "mIoU on the validation images"
 
 
+def test_methods_are_compared_over_seeds_with_their_intervals(
+    run_dir: Path, results: dict[str, Any]
+) -> None:
+    assert "Methods over seeds" not in write_report(run_dir, results)[1].text
+    grid = {"methods": ["supervised", "rdd", "kd"], "seeds": [0, 1]}
+    config = parse_config(copy.deepcopy(CONFIG) | {"students": [], "grid": grid})
+    miou = {"supervised-s0": 0.30, "supervised-s1": 0.32, "rdd-s0": 0.40, "rdd-s1": 0.41,
+            "kd-s0": 0.30, "kd-s1": 0.34}  # fmt: skip
+    outcomes = [
+        Outcome(student=name, result=training((), value, 40.0) | {"metrics": {"miou": value}})
+        for name, value in miou.items()
+    ]
+    file = run_dir / "students.json"
+    file.write_text(json.dumps(comparison_tree(config, outcomes)))
+    try:
+        html, page = write_report(run_dir, results)
+    finally:
+        file.unlink()
+    for expected in (
+        "Methods over seeds",
+        "0.3100 ± 0.0141",
+        "+0.0950 [+0.0315, +0.1585]",
+        "contains 0",
+        "1 of 2 methods cannot be told from the baseline",
+    ):
+        assert expected in page.words
+    assert not list(external_references(html))
+    labels = [attributes.get("aria-label") for attributes in page.all("svg")]
+    assert "mIoU over supervised, mean and 95% interval" in labels
+
+
 def test_hardest_images_come_first_with_all_panels(run_dir: Path, results: dict[str, Any]) -> None:
-    _, page = write_report(run_dir, results)
-    alternatives = [image["alt"] for image in page.all("img")]
-    hardest = [f"train-{index:06d}" for index in (9, 8, 7, 6, 5, 4, 3, 2)]
+    _, page = write_report(run_dir, results, images=24)
+    found = hardest_panels(page)
+    hardest = [f"train-{index:06d}" for index in range(9, -1, -1)]
     panels = ("image", "label", "teacher's prediction", "weight exp(−D)", "hardness")
-    assert alternatives == [f"{panel} of {name}" for name in hardest for panel in panels]
+    assert found == [f"{panel} of {name}" for name in hardest for panel in panels]
     assert "no label" in page.words
-
-
-def test_ranking_leaves_out_images_without_labels(run_dir: Path) -> None:
-    reader = MapReader(next((run_dir / "maps").iterdir()))
-    statistics = reader.statistics()
-    statistics.image_hardness[7] = 0
-    assert rank_by_mean_hardness(statistics).tolist() == [9, 8, 6, 5, 4, 3, 2, 1, 0]
 
 
 def test_everything_is_escaped(run_dir: Path, results: dict[str, Any]) -> None:
@@ -404,9 +316,9 @@ def test_everything_is_escaped(run_dir: Path, results: dict[str, Any]) -> None:
     results["machine"]["command"] = evil
     results["data"]["class_names"][1] = evil
     results["students"][1]["name"] = evil
-    html, page = write_report(run_dir, results)
-    assert page.all("script") == []
-    assert "<script" not in html
+    html, page = write_report(run_dir, results, images=24)
+    assert len(page.all("script")) == 2  # the viewer's
+    assert "<script>" not in html
     assert page.text.count(evil) >= 4
 
 
@@ -441,12 +353,13 @@ def test_teacher_from_a_checkpoint_and_supervised_students_only(
     results["students"] = results["students"][:1]
     results["maps"]["images_built"] = 0
     _, page = write_report(run_dir, results)
-    assert [svg["aria-label"] for svg in page.all("svg")] == ["supervised: loss"]
+    assert page.all("svg")[0]["aria-label"] == "supervised: loss"
+    assert "the two stages" not in page.text
     assert "reused, the teacher did not run" in page.words
 
     results["students"] = []
     _, page = write_report(run_dir, results)
-    assert page.all("svg") == []
+    assert not any(svg["aria-label"].endswith("loss") for svg in page.all("svg"))
     assert "No network of this run has a training history." in page.words
 
 
@@ -468,31 +381,27 @@ def test_a_moved_run_is_found_and_a_missing_store_is_told(
 ) -> None:
     name = Path(results["maps"]["path"]).name
     results["maps"]["path"] = f"/nowhere/maps/{name}"
-    _, page = write_report(run_dir, results)
-    assert len(page.all("img")) == 40
+    _, page = write_report(run_dir, results, images=24)
+    assert len(hardest_panels(page)) == 50
 
-    _, page = write_report(tmp_path, results)
+    _, page = write_report(tmp_path, results, images=24)
     assert page.all("img") == []
     assert f"/nowhere/maps/{name}: no map store there" in page.words
     assert results["maps"]["fingerprint"] in page.words
 
 
-def test_maps_are_shown_without_image_when_the_data_changed_or_is_gone(
+def test_maps_are_shown_without_image_when_the_data_are_others_or_gone(
     run_dir: Path, results: dict[str, Any], tmp_path: Path
 ) -> None:
     results["config"]["data"]["seed"] = 1
-    _, page = write_report(run_dir, results)
-    assert len(page.all("img")) == 8 * 3
-    assert "has changed since the maps were built" in page.words
-
-    results["config"]["data"] |= {"seed": 0, "train_images": 9}
-    _, page = write_report(run_dir, results)
-    assert len(page.all("img")) == 7 * 5 + 3
-    assert "no image of this name any more" in page.words
+    _, page = write_report(run_dir, results, images=24)
+    assert len(hardest_panels(page)) == 10 * 3
+    assert "expected the data set that the store was built from" in page.words
+    assert "needs the labels" in page.words
 
     results["config"]["data"] = {"type": "camvid", "root": str(tmp_path / "gone")}
-    _, page = write_report(run_dir, results)
-    assert len(page.all("img")) == 8 * 3
+    _, page = write_report(run_dir, results, images=24)
+    assert len(hardest_panels(page)) == 10 * 3
     assert str(tmp_path / "gone") in page.words
 
 
@@ -504,27 +413,23 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_large_images_become_small_pictures() -> None:
-    rng = np.random.default_rng(0)
-    shape = (1024, 2048)
-    panels = image_panels(
-        image=rng.integers(0, 256, (*shape, 3), np.uint8),
-        label=rng.integers(0, 19, shape, np.uint8),
-        prediction=rng.integers(0, 19, shape, np.uint8),
-        discrepancy=rng.random((128, 256)).astype(np.float16),
-        hardness=rng.integers(0, 251, shape, np.uint8),
-        palette=[(i, i, i) for i in range(19)],
-    )
-    # Noise is the worst case: eight such images stay within the page's 5 MB.
-    assert sum(len(panel.uri) for panel in panels) < 620_000
+def test_many_large_images_stay_within_the_bytes_of_the_page() -> None:
+    rng = np.random.default_rng(0)  # noise is the worst case
+    shape = (512, 1024)
 
+    def draw(side: int, quality: int) -> tuple[Panel, ...]:
+        return image_panels(
+            image=rng.integers(0, 256, (*shape, 3), np.uint8),
+            label=rng.integers(0, 19, shape, np.uint8),
+            prediction=rng.integers(0, 19, shape, np.uint8),
+            weight=rng.random(shape),
+            hardness=np.where(rng.random(shape) < 0.1, np.nan, rng.random(shape)),
+            palette=rng.integers(0, 256, (19, 3), np.uint8),
+            side=side,
+            quality=quality,
+        )
 
-def test_colours_of_the_codes() -> None:
-    colours = hardness_colours()
-    assert tuple(colours[255]) == tuple(colours[254]) == VOID_COLOUR
-    brightness = colours[:251].astype(float) @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(brightness) > -1.0).all()
-    assert brightness[250] > brightness[0] + 100
-    classes = class_colours([(1, 2, 3), (4, 5, 6)])
-    assert classes[:2].tolist() == [[1, 2, 3], [4, 5, 6]]
-    assert (classes[2:] == VOID_COLOUR).all()
+    whole = sum(len(panel.uri) for panel in PictureBook(1).add(draw))
+    book = PictureBook(3, limit=whole)
+    sizes = [sum(len(panel.uri) for panel in book.add(draw)) for _ in range(3)]
+    assert whole / 10 < sum(sizes) <= whole

@@ -5,94 +5,24 @@ import pytest
 import torch
 from PIL import Image
 
-from rdd_pipeline.config import CamVidData
-from rdd_pipeline.data import SyntheticDataset, build_dataset, dataset_digests
-from rdd_pipeline.data.geometry import CropWindow, covered_points, random_crop, source_coordinates
-from rdd_pipeline.errors import ConfigError, DataError, ImageReadError
-from rdd_pipeline.stream import MapStream, make_loader
-from rdd_storage import (
-    ImageMaps,
-    ImageRecord,
-    MapReader,
-    MapSchema,
-    MapWriter,
-    StoreMismatchError,
-    UnknownArrayError,
-    encode_logits,
+from rdd_pipeline.config import CamVidData, JitterConfig
+from rdd_pipeline.data import build_dataset, dataset_digests
+from rdd_pipeline.data.geometry import (
+    IMAGE_FILL,
+    CropWindow,
+    covered_points,
+    random_crop,
+    source_coordinates,
 )
+from rdd_pipeline.errors import ConfigError, DataError, ImageReadError
+from rdd_pipeline.loader import make_loader
+from rdd_pipeline.signals import expand_weight
+from rdd_pipeline.stream import MapStream, shard_order
+from rdd_storage import MapReader, StoreMismatchError, UnknownArrayError
+from scene_store import GRID, IMAGES, SIZE, build_store, scenes
 
-_SIZE = (32, 48)
-_GRID = (5, 7)
-_IMAGES = 6
 _NEEDS = ("weight", "true_prob", "aux_true_prob", "logits")
-
-
-def scenes(images=_IMAGES, seed=0):
-    return SyntheticDataset(
-        split="train", images=images, height=_SIZE[0], width=_SIZE[1], seed=seed
-    )
-
-
-def plane(index):
-    """A weight that is linear in both axes, so that interpolation gives it back exactly."""
-    rows, columns = np.meshgrid(*(np.linspace(0, 1, n) for n in _GRID), indexing="ij")
-    return 0.2 + 0.3 * rows + 0.4 * columns + 0.01 * index
-
-
-def maps_of(dataset, index, *, logits=True, aux=True, dtype=np.uint8):
-    """Maps that can be recognised: the codes are the label, the weight is a plane."""
-    sample = dataset[index]
-    codes = sample.label.astype(dtype)
-    codes[sample.label == 255] = np.iinfo(dtype).max
-    rng = np.random.default_rng(index)
-    return ImageMaps(
-        image_id=sample.image_id,
-        discrepancy=-np.log(plane(index)).astype(np.float32),
-        hardness=codes,
-        aux_hardness=codes if aux else None,
-        prediction=np.zeros_like(sample.label),
-        confidence=np.zeros_like(sample.label),
-        logits=encode_logits(rng.normal(size=(8, *_GRID)).astype(np.float32)) if logits else None,
-        label=sample.label,
-    )
-
-
-def build_store(path, dataset, *, logits=True, aux=True, bits=8):
-    records = [
-        ImageRecord(
-            image_id=image_id,
-            height=_SIZE[0],
-            width=_SIZE[1],
-            grid_height=_GRID[0],
-            grid_width=_GRID[1],
-            digest=digest,
-        )
-        for image_id, digest in zip(dataset.image_ids, dataset_digests(dataset), strict=True)
-    ]
-    schema = MapSchema(
-        num_classes=dataset.num_classes,
-        class_names=dataset.class_names,
-        height=_SIZE[0],
-        width=_SIZE[1],
-        grid_height=_GRID[0],
-        grid_width=_GRID[1],
-        output_stride=8,
-        shard_images=4,
-        hardness_bits=bits,
-        aux_hardness=aux,
-        logits=logits,
-    )
-    identity = {"data": dataset.identity(), "teacher": "a"}
-    writer = MapWriter.create(path, schema=schema, images=records, identity=identity)
-    dtype = np.uint8 if bits == 8 else np.uint16
-    for shard in writer.pending_shards():
-        rows = writer.shard_rows(shard)
-        writer.write_shard(
-            shard,
-            [maps_of(dataset, row, logits=logits, aux=aux, dtype=dtype) for row in rows],
-        )
-    writer.publish()
-    return path
+_JITTER = JitterConfig(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +45,10 @@ def stream_of(store=None, **changes):
     return MapStream(**settings | changes)
 
 
+def weight_of(sample):
+    return expand_weight(torch.utils.data.default_collate([sample]))[0]
+
+
 def assert_same(first, second):
     assert first.keys() == second.keys()
     for key in first:
@@ -127,7 +61,9 @@ def test_keys_shapes_and_types(store):
         "image": (torch.uint8, (3, 24, 40)),
         "label": (torch.uint8, (24, 40)),
         "index": (torch.int64, ()),
-        "weight": (torch.float32, (24, 40)),
+        "weight_field": (torch.float32, (5, 7)),
+        "weight_rows": (torch.float64, (24,)),
+        "weight_columns": (torch.float64, (40,)),
         "true_prob_code": (torch.uint8, (24, 40)),
         "aux_true_prob_code": (torch.uint8, (24, 40)),
         "logits": (torch.float16, (8, 3, 5)),
@@ -156,22 +92,19 @@ def test_codes_follow_the_label_pixel_by_pixel(store):
 
 def test_weight_lies_where_the_image_lies(store):
     stream = stream_of(store)
-    for index in range(_IMAGES):
+    for index in range(IMAGES):
         window = random_crop(
             np.random.default_rng(index),
-            source_size=_SIZE,
+            source_size=SIZE,
             crop_size=(24, 40),
             scale=(0.5, 2.0),
             flip=0.5,
         )
-        weight = stream.sample(index, window)["weight"].numpy()
+        weight = weight_of(stream.sample(index, window)).numpy()
         rows, _ = source_coordinates(window, 0)
         columns, _ = source_coordinates(window, 1)
         expected = (
-            0.2
-            + 0.3 * rows[:, None] / (_SIZE[0] - 1)
-            + 0.4 * columns / (_SIZE[1] - 1)
-            + 0.01 * index
+            0.2 + 0.3 * rows[:, None] / (SIZE[0] - 1) + 0.4 * columns / (SIZE[1] - 1) + 0.01 * index
         )
         covered = covered_points(window)
         # The store keeps the discrepancy as float16.
@@ -180,11 +113,11 @@ def test_weight_lies_where_the_image_lies(store):
 
 
 def test_logits_are_the_stored_ones_at_the_grid_points(store):
-    stream = stream_of(store, crop_size=_SIZE, grid_size=_GRID)
+    stream = stream_of(store, crop_size=SIZE, grid_size=GRID)
     stored = MapReader(store).read("logits", scenes().image_ids[2])
     for flip in (False, True):
         window = CropWindow(
-            source_size=_SIZE, scaled_size=_SIZE, offset=(0, 0), crop_size=_SIZE, flip=flip
+            source_size=SIZE, scaled_size=SIZE, offset=(0, 0), crop_size=SIZE, flip=flip
         )
         sample = stream.sample(2, window)
         expected = stored[..., ::-1] if flip else stored
@@ -200,7 +133,7 @@ def test_padding_is_ignored_in_every_term(store):
     for key in ("label", "true_prob_code", "aux_true_prob_code"):
         assert (sample[key][padded] == 255).all()
         assert not (sample[key][~padded] == 255).all()
-    assert (sample["weight"][padded] == 1.0).all()
+    assert (weight_of(sample)[padded] == 1.0).all()
     assert torch.isfinite(sample["logits"]).all()
     rows = torch.arange(7) * 47 / 6 <= 15
     columns = torch.arange(9) * 63 / 8 <= 23
@@ -226,13 +159,64 @@ def test_memory_for_maps_changes_nothing(store):
 
 
 def test_every_epoch_shows_every_image_once_in_an_order_of_its_own():
-    stream = stream_of(length=6 * _IMAGES)
+    stream = stream_of(length=6 * IMAGES)
     order = [int(stream[k]["index"]) for k in range(len(stream))]
-    epochs = [tuple(order[e * _IMAGES : (e + 1) * _IMAGES]) for e in range(6)]
-    assert all(sorted(epoch) == list(range(_IMAGES)) for epoch in epochs)
+    epochs = [tuple(order[e * IMAGES : (e + 1) * IMAGES]) for e in range(6)]
+    assert all(sorted(epoch) == list(range(IMAGES)) for epoch in epochs)
     assert len(set(epochs)) > 3
-    other = stream_of(length=6 * _IMAGES, seed=4)
+    other = stream_of(length=6 * IMAGES, seed=4)
     assert order != [other.image_index(k) for k in range(len(other))]
+
+
+def test_shards_come_one_after_another_through_a_buffer():
+    shards = np.repeat(np.random.default_rng(1).permutation(60), 5)  # 300 images, rows in any order
+    for buffer in (1, 20):
+        order = shard_order(np.random.default_rng(0), shards, buffer)
+        np.testing.assert_array_equal(np.sort(order), np.arange(300))
+        met = shards[order]
+        touched = [len(set(met[first : first + 50])) for first in range(251)]
+        assert max(touched) <= -(-(50 + 2 * buffer) // 5) + 1
+        runs = 1 + np.count_nonzero(np.diff(met))
+        assert runs == 60 if buffer == 1 else runs > 200
+    other = shard_order(np.random.default_rng(2), shards, 20)
+    assert list(dict.fromkeys(shards[other])) != list(dict.fromkeys(met))
+    everywhere = shard_order(np.random.default_rng(0), shards, 10_000)
+    assert len(set(shards[everywhere][:50])) > 25
+
+
+def test_epochs_by_shards_show_every_image_once(store):
+    settings = {"shuffle": "shards", "shuffle_buffer": 1, "length": 5 * IMAGES}
+    stream = stream_of(store, **settings)  # shards of 4 and 2 images
+    plain = stream_of(shard_images=4, **settings)
+    epochs = set()
+    for epoch in range(5):
+        order = [stream.image_index(epoch * IMAGES + place) for place in range(IMAGES)]
+        assert sorted(order) == list(range(IMAGES))
+        assert np.count_nonzero(np.diff([index // 4 for index in order])) == 1
+        # Students with and without maps meet the images in the same order.
+        assert order == [plain.image_index(epoch * IMAGES + place) for place in range(IMAGES)]
+        epochs.add(tuple(order))
+    assert len(epochs) == 5
+
+
+def test_jitter_changes_the_image_inside_and_nothing_else(store):
+    settings = {"crop_size": (40, 64), "scale": (0.5, 1.5)}
+    plain, jittered = stream_of(store, **settings), stream_of(store, jitter=_JITTER, **settings)
+    again = stream_of(store, jitter=_JITTER, **settings)
+    neutral = stream_of(store, jitter=JitterConfig(), **settings)
+    fill = torch.tensor(IMAGE_FILL, dtype=torch.uint8)[:, None]
+    differences = set()
+    for k in (7, 0, 3, 12):
+        before, after = plain[k], jittered[k]
+        assert_same(after, again[k])
+        assert_same(before, neutral[k])
+        change = after["image"].int() - before["image"].int()
+        differences.add(float(change.float().mean()))
+        padding = (before["image"] == fill[..., None]).all(0)
+        assert (after["image"][:, padding] == fill).all()
+        assert change[:, ~padding].abs().float().mean() > 2
+        assert_same(before | {"image": after["image"]}, after)
+    assert len(differences) == 4
 
 
 def test_an_image_is_cropped_anew_in_each_epoch():
@@ -250,7 +234,7 @@ def test_samples_depend_on_the_position_alone(store):
 
 
 def test_workers_and_the_start_change_nothing(store):
-    stream = stream_of(store)
+    stream = stream_of(store, jitter=_JITTER, shuffle="shards", shuffle_buffer=2)
     state = torch.get_rng_state()
     plain = list(make_loader(stream, batch_size=4))
     parallel = list(make_loader(stream, batch_size=4, workers=2))
@@ -299,16 +283,29 @@ def test_a_store_of_other_images_is_refused(store):
         stream_of(store, dataset=scenes(seed=1))
 
 
-def test_images_that_the_store_lacks_are_listed(store):
+def test_images_without_maps_are_left_out_only_if_asked(store):
+    more = scenes(images=IMAGES + 30)
     with pytest.raises(StoreMismatchError) as caught:
-        stream_of(store, dataset=scenes(images=_IMAGES + 2))
-    assert "train-000006" in str(caught.value)
-    assert "train-000007" in str(caught.value)
-    assert "train-000005" not in str(caught.value)
+        stream_of(store, dataset=more)
+    message = str(caught.value)
+    assert "all 36 images" in message
+    assert "found none of these 30:" in message
+    assert message.count("\n  train-") == 20
+    assert "... and 10 more" in message
+    assert "rdd maps build CONFIG" in message
+    assert "student.allow_missing: true" in message
+    stream = stream_of(store, dataset=more, allow_missing=True, length=3 * IMAGES)
+    assert stream.images == IMAGES
+    whole = stream_of(store, length=3 * IMAGES)
+    for k in range(3 * IMAGES):
+        assert_same(stream[k], whole[k])
+    changed = ["0" * 64, *dataset_digests(more)[1:]]
+    with pytest.raises(StoreMismatchError, match=r"train-000000.*has changed"):
+        stream_of(store, dataset=more, allow_missing=True, digests=changed)
 
 
 def test_a_part_of_the_stored_images_may_be_used(store):
-    assert stream_of(store, dataset=scenes(images=2))[0]["weight"].shape == (24, 40)
+    assert weight_of(stream_of(store, dataset=scenes(images=2))[0]).shape == (24, 40)
 
 
 def test_an_expected_identity_is_compared(store):
@@ -323,7 +320,7 @@ def test_known_digests_are_not_computed_again(store):
     digests = dataset_digests(dataset)
     calls = []
     stream_of(store, progress=calls.append)
-    assert calls == [1] * _IMAGES
+    assert calls == [1] * IMAGES
     calls.clear()
     stream_of(store, digests=digests, progress=calls.append)
     assert calls == []
@@ -338,7 +335,10 @@ def test_missing_arrays_say_how_to_add_them(tmp_path):
     message = str(caught.value)
     assert "aux_hardness, logits" in message
     assert "maps.aux_hardness: true and maps.soft_labels: true" in message
-    assert set(stream_of(path, needs=("weight",))[0]) == {"image", "label", "index", "weight"}
+    assert set(stream_of(path, needs=("weight",))[0]) == {
+        *("image", "label", "index"),
+        *("weight_field", "weight_rows", "weight_columns"),
+    }
 
 
 def test_contradictory_arguments_are_refused(store):

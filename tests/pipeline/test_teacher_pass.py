@@ -540,6 +540,6 @@ def test_one_process_computes_a_shard_while_it_writes_the_one_before(tmp_path: P
     builder = _Watched(task, shards)
     done: list[int] = []
     with writer.lease():
-        builder.build_all(shards, done.append)
+        builder.build_all(shards, lambda shard, images: done.append(images))
     builder.close()
     assert done == [2, 2, 2, 1]

@@ -20,6 +20,7 @@ from rdd_pipeline.networks import load_state
 from rdd_pipeline.progress import Reporter
 from rdd_pipeline.stages import run_maps, run_student, run_teacher
 from rdd_pipeline.trainer import poly_schedule
+from rdd_pipeline.training_log import Averages
 from rdd_storage import StoreMismatchError
 from tiny import tiny_config, tiny_tree
 
@@ -60,7 +61,8 @@ def test_both_stages_leave_their_diagnostics(
 ) -> None:
     config, maps = built
     rdd = next(student for student in config.students if student.name == "rdd")
-    history = run_student(with_output(config, tmp_path), rdd, maps.path, QUIET).result["history"]
+    result = run_student(with_output(config, tmp_path), rdd, maps.path, QUIET).result
+    history = result["history"]
     first, last = history[0], history[-1]
     assert first["tfe_share"] == 1.0
     assert 0.0 < first["mean_weight"] <= 1.0
@@ -68,6 +70,24 @@ def test_both_stages_leave_their_diagnostics(
     assert last["tfe_share"] == 0.0
     assert 0.0 <= last["relative"] <= 1.0
     assert {"hard_teacher", "hard_student", "hard_both", "tau_student", "empty_masks"} <= set(last)
+    classes = result["class_history"]
+    assert [entry["iteration"] for entry in classes] == [
+        entry["iteration"] for entry in history if "relative" in entry
+    ]
+    shares = [share for share in classes[-1]["relative"] if share is not None]
+    assert shares
+    assert all(0.0 <= share <= 1.0 for share in shares)
+
+
+def test_classes_are_counted_over_batches() -> None:
+    averages = Averages()
+    assert averages.take_classes() == []
+    label = torch.tensor([[[0, 0, 2], [2, 255, 2]]], dtype=torch.uint8)
+    relative = torch.tensor([[[1, 0, 1], [1, 0, 0]]], dtype=torch.bool)
+    averages.count_classes(label, relative, 4)
+    averages.count_classes(torch.zeros(1, 1, 2), torch.ones(1, 1, 2, dtype=torch.bool), 4)
+    assert averages.take_classes() == [0.75, None, 0.6667, None]
+    assert averages.take_classes() == []
 
 
 def test_equal_seeds_give_equal_weights_and_other_seeds_others(

@@ -115,7 +115,7 @@ def test_unfinished_images_are_refused(building: ModuleType, tmp_path: Path) -> 
     )
     reader = MapReader(writer.path)
     assert not reader.complete
-    with pytest.raises(StoreIncompleteError, match="image scene/1: expected its maps to be done"):
+    with pytest.raises(StoreIncompleteError, match="image scene/1: expected it to be done"):
         reader.read("hardness", "scene/1")
     writer.write_shard(0, [building.maps_of(record) for record in building.records(2)])
     np.testing.assert_array_equal(

@@ -4,6 +4,7 @@ The same pydantic models are the parameters of the Prefect flows. Unknown keys, 
 contradictions are all collected and reported together, each with the path of its key.
 """
 
+from rdd_pipeline.config.cluster import ClusterConfig
 from rdd_pipeline.config.data import (
     ADE20KData,
     CamVidData,
@@ -16,6 +17,7 @@ from rdd_pipeline.config.data import (
     SyntheticData,
     VOCData,
 )
+from rdd_pipeline.config.grid import DEFAULT_BASELINE, GridConfig, GridStudent
 from rdd_pipeline.config.loading import load_config, parse_config
 from rdd_pipeline.config.networks import (
     RGB,
@@ -33,14 +35,16 @@ from rdd_pipeline.config.students import (
     FeatureTap,
     KDConfig,
     Method,
+    MethodConfig,
     RDDConfig,
     StudentConfig,
     StudentDefaults,
 )
 from rdd_pipeline.config.teacher import AveragingConfig, MapsConfig, TeacherConfig
-from rdd_pipeline.config.training import TrainingConfig
+from rdd_pipeline.config.training import EvaluationConfig, JitterConfig, TrainingConfig
 
 __all__ = [
+    "DEFAULT_BASELINE",
     "FEATURE_METHODS",
     "RGB",
     "ADE20KData",
@@ -49,15 +53,21 @@ __all__ = [
     "COCOStuffData",
     "CamVidData",
     "CityscapesData",
+    "ClusterConfig",
     "CustomConfig",
     "DataConfig",
+    "EvaluationConfig",
     "FeatureTap",
     "FolderData",
     "FolderSplit",
+    "GridConfig",
+    "GridStudent",
     "HuggingFaceData",
+    "JitterConfig",
     "KDConfig",
     "MapsConfig",
     "Method",
+    "MethodConfig",
     "NetworkConfig",
     "RDDConfig",
     "RunConfig",

@@ -10,7 +10,18 @@ from pydantic import BeforeValidator, Field, model_validator
 from rdd_pipeline.config._base import Count, Model
 
 
-class SyntheticData(Model):
+class _Data(Model):
+    """What every data set has. Neither setting changes what is read, and so no result."""
+
+    packed: Literal["auto", "never", "always"] = "auto"
+    """Whether images are read from a pack, which ``rdd data pack`` makes, instead of their files.
+    ``auto``: where there is one, those that it has as they are now. ``always``: fail where it has
+    not all."""
+    packed_root: str = "packed"
+    """Folder or URL that holds the packs."""
+
+
+class SyntheticData(_Data):
     """Street-like scenes drawn by the program: no download, the same for the same seed."""
 
     type: Literal["synthetic"] = "synthetic"
@@ -22,7 +33,7 @@ class SyntheticData(Model):
     """Seed of the scenes; independent of the training seed."""
 
 
-class CamVidData(Model):
+class CamVidData(_Data):
     """CamVid in the SegNet layout: ``train``, ``trainannot``, ``val``, ``valannot`` folders."""
 
     type: Literal["camvid"] = "camvid"
@@ -32,7 +43,7 @@ class CamVidData(Model):
     val_split: str = "val"
 
 
-class CityscapesData(Model):
+class CityscapesData(_Data):
     """Cityscapes with fine labels: folders ``leftImg8bit`` and ``gtFine``; 19 classes."""
 
     type: Literal["cityscapes"] = "cityscapes"
@@ -41,7 +52,7 @@ class CityscapesData(Model):
     val_split: str = "val"
 
 
-class VOCData(Model):
+class VOCData(_Data):
     """Pascal VOC 2012, augmented with the Semantic Boundaries Dataset; 21 classes."""
 
     type: Literal["voc"] = "voc"
@@ -53,7 +64,7 @@ class VOCData(Model):
     val_split: str = "val"
 
 
-class ADE20KData(Model):
+class ADE20KData(_Data):
     """ADE20K scene parsing, the folder ``ADEChallengeData2016``; 150 classes."""
 
     type: Literal["ade20k"] = "ade20k"
@@ -62,7 +73,7 @@ class ADE20KData(Model):
     val_split: str = "validation"
 
 
-class COCOStuffData(Model):
+class COCOStuffData(_Data):
     """COCO-Stuff 164k: ``images`` and the stuff-and-thing maps; 171 classes."""
 
     type: Literal["cocostuff"] = "cocostuff"
@@ -90,7 +101,7 @@ _Byte = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[_Byte, _Byte, _Byte]
 
 
-class _LabelTable(Model):
+class _LabelTable(_Data):
     """Classes, and the numbers in the label files that stand for them."""
 
     classes: Annotated[

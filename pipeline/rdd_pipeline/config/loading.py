@@ -129,8 +129,16 @@ def _locate(
     """
     keys: list[int | str] = []
     models: list[type[BaseModel]] = [RunConfig]
+    named = False
     for part in location:
+        if part == "[key]":  # what is wrong is the name before it
+            continue
+        if named:  # a name that the user chose, such as that of a grid's network
+            named = False
+            keys.append(part)
+            continue
         fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        named = any(typing.get_origin(field.annotation) is dict for field in fields)
         tagged = [
             model
             for model in models
@@ -147,6 +155,7 @@ def _locate(
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, list, Annotated):
+    containers = (typing.Union, types.UnionType, tuple, list, dict, Annotated)
+    if typing.get_origin(annotation) in containers:
         return [m for part in typing.get_args(annotation) for m in _models_in(part)]
     return []

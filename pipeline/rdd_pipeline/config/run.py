@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rdd_pipeline.config._base import Model
+from rdd_pipeline.config.cluster import ClusterConfig
 from rdd_pipeline.config.data import DataConfig
+from rdd_pipeline.config.grid import GridConfig
 from rdd_pipeline.config.networks import NetworkConfig
 from rdd_pipeline.config.students import StudentConfig, StudentDefaults
 from rdd_pipeline.config.teacher import MapsConfig, TeacherConfig
@@ -23,17 +25,41 @@ class RunConfig(Model):
     """The run's folder is ``output/name``."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cluster: ClusterConfig = ClusterConfig()
+    """Dask workers of the teacher pass and of students that are trained side by side."""
     data: DataConfig
     teacher: TeacherConfig
     maps: MapsConfig = MapsConfig()
     student: StudentDefaults
-    students: tuple[StudentConfig, ...]
+    grid: GridConfig | None = None
+    """Further students; they are added to ``students``."""
+    students: tuple[StudentConfig, ...] = ()
+
+    @field_validator("students")
+    @classmethod
+    def _grid_is_added(
+        cls, value: tuple[StudentConfig, ...], info: ValidationInfo
+    ) -> tuple[StudentConfig, ...]:
+        grid: GridConfig | None = info.data.get("grid")
+        listed = {student.name: student for student in value}
+        added = []
+        for item in () if grid is None else grid.students():
+            # A configuration that was written out again lists the grid's students already.
+            same = listed.get(item.student.name)
+            if same is None:
+                added.append(item.student)
+            elif same != item.student:
+                raise ValueError(
+                    f"expected other names than the grid's students have, got '{same.name}' with "
+                    "other settings; rename the student, or the method in the grid"
+                )
+        return value + tuple(added)
 
     @model_validator(mode="after")
     def _students_are_consistent(self) -> RunConfig:
         names = [student.name for student in self.students]
         if not names:
-            raise ValueError("students: expected at least one")
+            raise ValueError("students: expected at least one, listed or by grid")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"students: the names {twice} are used twice")
@@ -42,8 +68,11 @@ class RunConfig(Model):
             if stored and student.distils_logits and not self.maps.soft_labels:
                 raise ValueError(
                     f"students: '{student.name}' distils logits, which needs maps.soft_labels: "
-                    "true; kd.weight: 0 leaves out that of kd and rdd"
+                    "true (a store without logits then gets them, and its other maps stay as they "
+                    "are); kd.weight: 0 leaves out that of kd and rdd"
                 )
+        if self.device == "cpu" and self.cluster.gpus:
+            raise ValueError("cluster.gpus: expected 0 with device: cpu; use device: auto or cuda")
         if self.maps.discrepancy == "heads" and not self.teacher.network.auxiliary:
             raise ValueError(
                 "teacher.network.auxiliary: maps.discrepancy: heads compares a main and an "

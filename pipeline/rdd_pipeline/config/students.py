@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import typing
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from rdd_pipeline.config._base import Count, Fraction, Model
 from rdd_pipeline.config.networks import NetworkConfig
 from rdd_pipeline.config.training import TrainingConfig
+
+StudentName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 
 
 def _method_list(value: object) -> object:
@@ -151,10 +153,10 @@ FEATURE_METHODS = frozenset({"cwd_features", "skd_features", "at", "ifvd", "dsd"
 """Methods that compare features, and so need the teacher itself on every batch."""
 
 
-class StudentConfig(Model):
-    """One student: its name, its method and what differs from the shared settings."""
+class MethodConfig(Model):
+    """A method under a name, with its settings."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+    name: StudentName
     method: Annotated[tuple[Method, ...], BeforeValidator(_method_list)]
     """``supervised``: cross-entropy alone. ``rdd``: cross-entropy weighted by relative difficulty
     in two stages, plus logit distillation as published (``kd.weight: 0`` leaves that out). All
@@ -166,12 +168,8 @@ class StudentConfig(Model):
     """Where the teacher's signals come from: the maps, or the teacher evaluated on every crop."""
     features: Annotated[tuple[FeatureTap, ...], Field(min_length=1)] = _TAPS
     """Pairs of features, in order of depth: ``at`` and ``dsd`` compare all, others the last."""
-    network: NetworkConfig | None = None
-    """None takes ``student.network``."""
     training: TrainingConfig | None = None
     """None takes ``student.training``."""
-    seed: int | None = None
-    """None takes the run's seed; students with equal network and seed start from equal weights."""
     rdd: RDDConfig = RDDConfig()
     kd: KDConfig = KDConfig()
     cwd: CWDConfig = CWDConfig()
@@ -187,9 +185,15 @@ class StudentConfig(Model):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: object) -> object:
-        """Accept a bare method name as a student of that name."""
+        """Accept bare methods, such as ``rdd+cwd``; they are the name unless one is given."""
         if isinstance(value, str):
-            return {"name": value, "method": value}
+            value = {"method": value.split("+")}
+        elif isinstance(value, list):
+            value = {"method": value}
+        if isinstance(value, dict) and "method" in value and "name" not in value:
+            method = _method_list(value["method"])
+            if isinstance(method, list) and all(isinstance(part, str) for part in method):
+                value = value | {"name": "+".join(method)}
         return value
 
     @property
@@ -229,7 +233,7 @@ class StudentConfig(Model):
         return value
 
     @model_validator(mode="after")
-    def _sections_are_used(self) -> StudentConfig:
+    def _sections_are_used(self) -> Self:
         methods = set(typing.get_args(Method)) - {"supervised"} - self.sections.keys()
         fields = type(self).model_fields
         # A configuration that was written out again holds all sections, at their defaults.
@@ -244,8 +248,20 @@ class StudentConfig(Model):
         return self
 
 
+class StudentConfig(MethodConfig):
+    """One student: its name, its method and what differs from the shared settings."""
+
+    network: NetworkConfig | None = None
+    """None takes ``student.network``."""
+    seed: int | None = None
+    """None takes the run's seed; students with equal network and seed start from equal weights."""
+
+
 class StudentDefaults(Model):
     """What students share unless they say otherwise."""
 
     network: NetworkConfig
     training: TrainingConfig = TrainingConfig()
+    allow_missing: bool = False
+    """Leave images that the store has no maps of out of the training of students that read it,
+    instead of refusing the store."""

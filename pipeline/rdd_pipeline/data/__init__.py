@@ -31,6 +31,13 @@ from rdd_pipeline.data.cityscapes import open_cityscapes
 from rdd_pipeline.data.cocostuff import open_cocostuff
 from rdd_pipeline.data.folder import open_folder
 from rdd_pipeline.data.huggingface import HuggingFaceDataset
+from rdd_pipeline.data.packed import (
+    PackedDataset,
+    PackResult,
+    from_pack,
+    pack_dataset,
+    pack_path,
+)
 from rdd_pipeline.data.pairs import FileDataset
 from rdd_pipeline.data.survey import ClassShare, Survey, survey_dataset
 from rdd_pipeline.data.synthetic import SyntheticDataset
@@ -40,7 +47,8 @@ from rdd_pipeline.data.voc import open_voc
 def build_dataset(config: DataConfig, split: Literal["train", "val"]) -> SegmentationDataset:
     """Open the training or validation split of the configured data set.
 
-    Only the layout is looked at; :func:`check_dataset` reads the files.
+    Only the layout is looked at; :func:`check_dataset` reads the files, and :func:`from_pack`
+    takes the pixels from a pack.
 
     Args:
         config: The ``data`` section.
@@ -84,6 +92,8 @@ __all__ = [
     "Examined",
     "FileDataset",
     "HuggingFaceDataset",
+    "PackResult",
+    "PackedDataset",
     "Progress",
     "Sample",
     "SegmentationDataset",
@@ -92,5 +102,8 @@ __all__ = [
     "build_dataset",
     "check_dataset",
     "dataset_digests",
+    "from_pack",
+    "pack_dataset",
+    "pack_path",
     "survey_dataset",
 ]

@@ -11,6 +11,7 @@ pixels alone, and gives the same numbers whichever part of the source was read f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
@@ -185,7 +186,7 @@ def crop_image(
         return inner
     crop = np.empty((*window.crop_size, channels), dtype=np.uint8)
     crop[:] = fill
-    crop[_inside(window)] = inner
+    crop[inside(window)] = inner
     return crop
 
 
@@ -208,7 +209,7 @@ def crop_nearest(
     if inner.shape == window.crop_size:
         return inner
     crop = np.full(window.crop_size, np.iinfo(codes_HW.dtype).max, dtype=codes_HW.dtype)
-    crop[_inside(window)] = inner
+    crop[inside(window)] = inner
     return crop
 
 
@@ -251,6 +252,47 @@ def resample_field(
     return sampled
 
 
+def field_places(
+    window: CropWindow, field_size: Size, *, origin: Size = (0, 0)
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Where the crop's rows and columns lie on a map, for sampling it elsewhere.
+
+    Args:
+        window: The crop.
+        field_size: Height and width of the map over the whole image.
+        origin: Row and column of the whole map at which the part at hand begins.
+
+    Returns:
+        Places on that part, of the crop's rows and of its columns; -1 in the padding.
+    """
+    rows, columns = (
+        np.where(covered, place - origin[axis], -1.0)
+        for axis in AXES
+        for place, covered in [source_coordinates(window, axis, size=field_size[axis])]
+    )
+    return rows, columns
+
+
+def largest_field_window(
+    *, source_size: Size, field_size: Size, crop_size: Size, scale: float
+) -> Size:
+    """The size that no :func:`field_window` of a crop's pixels exceeds.
+
+    Args:
+        source_size: Height and width of the image.
+        field_size: Height and width of the map over the whole image.
+        crop_size: Height and width of the crop.
+        scale: The smallest scale, of which a crop shows most.
+    """
+    height, width = (
+        # Between the points of the map on both sides of the crop's first and last.
+        min(field_size[axis], math.ceil((crop_size[axis] - 1) * (field_size[axis] - 1) / last) + 2)
+        for axis in AXES
+        for last in [max(round(source_size[axis] * scale) - 1, 1)]
+    )
+    return height, width
+
+
 def covered_points(window: CropWindow, points: Size | None = None) -> NDArray[np.bool_]:
     """Which points of a grid over the crop lie on the image, not in the padding.
 
@@ -265,6 +307,14 @@ def covered_points(window: CropWindow, points: Size | None = None) -> NDArray[np
     _, rows = source_coordinates(window, 0, points=height)
     _, columns = source_coordinates(window, 1, points=width)
     return rows[:, None] & columns
+
+
+def inside(window: CropWindow) -> Window:
+    """The part of the crop that shows the image; the rest is padding."""
+    height, width = window.covered_size
+    if window.flip:
+        return slice(0, height), slice(window.crop_size[1] - width, window.crop_size[1])
+    return slice(0, height), slice(0, width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,11 +374,3 @@ def _span(window: CropWindow, axis: Axis, size: int, points: int | None) -> slic
     place, _ = source_coordinates(window, axis, size=size, points=points)
     first, last = int(place.min()), int(np.ceil(place.max()))
     return slice(first, last + 1)
-
-
-def _inside(window: CropWindow) -> Window:
-    """The part of the crop that shows the image."""
-    height, width = window.covered_size
-    if window.flip:
-        return slice(0, height), slice(window.crop_size[1] - width, window.crop_size[1])
-    return slice(0, height), slice(0, width)

@@ -24,6 +24,7 @@ from rdd_pipeline.networks.weights import (
     load_state,
     load_weights,
     save_weights,
+    state_differences,
     state_hash,
     weights_hash,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "parameter_count",
     "parameter_groups",
     "save_weights",
+    "state_differences",
     "state_hash",
     "weights_hash",
 ]

@@ -178,7 +178,7 @@ def load_weights(
     if strict:
         _check_classes(network, expected, state, path)
     wanted = {n: tensor for n, tensor in expected.items() if n in state or n not in may_lack}
-    differences = _differences(wanted, state)
+    differences = state_differences(wanted, state)
     if differences and strict:
         lines = [f"{path}: the checkpoint does not fit the network", *differences]
         advice = (
@@ -302,8 +302,8 @@ def _check_classes(
             )
 
 
-def _differences(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """One line for each way in which names and shapes differ."""
+def state_differences(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """One line for each way in which a checkpoint's names and shapes differ from a network's."""
     missing, unexpected = _missing(expected, state), _missing(state, expected)
     shapes = [
         f"{name} (checkpoint {list(state[name].shape)}, network {list(expected[name].shape)})"

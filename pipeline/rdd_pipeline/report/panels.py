@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from rdd_pipeline.data import IGNORE_INDEX
-from rdd_pipeline.difficulty import tfe_weight
-from rdd_storage import hardness_table
+from rdd_pipeline.inspection.pictures import VOID, class_picture, scale_picture
 
-VOID_COLOUR = (224, 224, 224)
-"""RGB of pixels without a label: a grey that is not on the scale cividis, whose middle is grey."""
+VOID_COLOUR = VOID
+"""RGB of pixels without a label: a grey that is not on the scale cividis."""
 
-_LONGEST_SIDE = 512  # pixels of an embedded picture
-_JPEG_QUALITY = 85
+LONGEST_SIDE = 512
+"""Pixels of an embedded picture, unless said otherwise."""
+
+# Size and quality give way together where a page has many pictures; the first step is the best.
+_STEPS = ((1.0, 78), (0.75, 72), (0.55, 65), (0.4, 55), (0.28, 45))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,89 +35,97 @@ class Panel:
     """Whether a browser that enlarges it may blend neighbouring pixels."""
 
 
+class PictureBook:
+    """Makes the panels of many images that together stay within a number of bytes.
+
+    What an image leaves over is the next ones'.
+
+    Args:
+        images: How many there will be.
+        limit: Bytes of all panels together, as text in a page; None for no limit.
+        side: Longest side of a picture at most, pixels.
+    """
+
+    def __init__(self, images: int, *, limit: int | None = None, side: int = LONGEST_SIDE) -> None:
+        self._images, self._left, self._side = max(images, 1), limit, side
+
+    def add(self, draw: Callable[[int, int], tuple[Panel, ...]]) -> tuple[Panel, ...]:
+        """The panels of the next image.
+
+        Args:
+            draw: Makes them, given the longest side in pixels and the quality from 0 to 100.
+        """
+        allowed = None if self._left is None else self._left / self._images
+        panels: tuple[Panel, ...] = ()
+        for scale, quality in _STEPS:
+            panels = draw(round(scale * self._side), quality)
+            size = sum(len(panel.uri) for panel in panels)
+            if allowed is None or size <= allowed:
+                break
+        self._images = max(self._images - 1, 1)
+        if self._left is not None:
+            self._left -= size
+        return panels
+
+
 def image_panels(
     *,
     image: NDArray[np.uint8] | None,
     label: NDArray[np.uint8] | None,
     prediction: NDArray[np.uint8],
-    discrepancy: NDArray[np.float16],
-    hardness: NDArray[np.uint8],
-    palette: Sequence[Sequence[int]],
+    weight: NDArray[np.floating[Any]],
+    hardness: NDArray[np.floating[Any]],
+    palette: NDArray[np.uint8],
+    side: int = LONGEST_SIDE,
+    quality: int = _STEPS[0][1],
 ) -> tuple[Panel, ...]:
-    """Make the pictures of one image, at most 512 pixels long each.
+    """Make the pictures of one image.
 
     Args:
         image: RGB (H, W, 3); None leaves the picture out.
         label: Classes (H, W), 255 where ignored; None leaves the picture out.
         prediction: The teacher's classes (H, W).
-        discrepancy: The teacher's prediction discrepancy (h, w), nats.
-        hardness: 8-bit codes (H, W).
-        palette: RGB colour of each class.
+        weight: exp(-D) at the pixels (H, W), in [0, 1].
+        hardness: (H, W) in [0, 1], NaN without label.
+        palette: RGB (C, 3) of the classes.
+        side: Longest side of a picture, pixels.
+        quality: Of the pictures that are not of classes, 0 to 100.
     """
-    size = _shown_size(*prediction.shape)
-    colours = class_colours(palette)
+    height, width = prediction.shape
+    scale = min(1.0, side / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
     panels = []
     if image is not None:
-        panels.append(Panel(title="image", uri=_photograph(image, size), smooth=True))
+        panels.append(photograph("image", image, size, quality))
     if label is not None:
-        panels.append(Panel(title="label", uri=_indexed(label, colours, size), smooth=False))
-    weight_HW = tfe_weight(torch.from_numpy(discrepancy)[None], size)[0].numpy()
-    weight_codes = np.rint(255.0 * weight_HW).astype(np.uint8)
-    panels += [
-        Panel(title="teacher's prediction", uri=_indexed(prediction, colours, size), smooth=False),
-        Panel(
-            title="weight exp(−D)",
-            uri=_indexed(weight_codes, cividis(np.linspace(0.0, 1.0, 256)), size),
-            smooth=True,
-        ),
-        Panel(title="hardness", uri=_indexed(hardness, hardness_colours(), size), smooth=False),
-    ]
-    return tuple(panels)
+        panels.append(classes("label", label, palette, size))
+    return (
+        *panels,
+        classes("teacher's prediction", prediction, palette, size),
+        photograph("weight exp(−D)", scale_picture(weight), size, quality),
+        photograph("hardness", scale_picture(hardness), size, quality),
+    )
 
 
-def cividis(values: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """RGB (..., 3) of values in [0, 1] on the colour-blind-safe scale cividis."""
-    colours: NDArray[np.uint8] = mpl.colormaps["cividis"](values, bytes=True)[..., :3]
-    return colours
+def photograph(
+    title: str, picture: NDArray[np.uint8], size: tuple[int, int], quality: int
+) -> Panel:
+    """A picture whose neighbouring pixels may be blended; ``size`` is width and height."""
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    uri = _uri(image.resize(size, Image.Resampling.BOX), quality=quality, method=4)
+    return Panel(title=title, uri=uri, smooth=True)
 
 
-def class_colours(palette: Sequence[Sequence[int]]) -> NDArray[np.uint8]:
-    """RGB (256, 3) for every value of a label or prediction; grey where there is no class."""
-    colours = np.full((256, 3), VOID_COLOUR, np.uint8)
-    colours[: len(palette)] = np.asarray(palette, np.uint8).reshape(-1, 3)
-    colours[IGNORE_INDEX] = VOID_COLOUR
-    return colours
+def classes(
+    title: str, values: NDArray[np.uint8], palette: NDArray[np.uint8], size: tuple[int, int]
+) -> Panel:
+    """A label or prediction: nothing is blended, so that every colour is a class's."""
+    small = Image.fromarray(np.ascontiguousarray(values)).resize(size, Image.Resampling.NEAREST)
+    picture = Image.fromarray(class_picture(np.asarray(small), palette))
+    return Panel(title=title, uri=_uri(picture, lossless=True, method=1), smooth=False)
 
 
-def hardness_colours() -> NDArray[np.uint8]:
-    """RGB (256, 3) of the 8-bit hardness codes; grey where there is no hardness."""
-    hardness = hardness_table(8)
-    known = np.isfinite(hardness)
-    colours = np.full((256, 3), VOID_COLOUR, np.uint8)
-    colours[known] = cividis(hardness[known])
-    return colours
-
-
-def _shown_size(height: int, width: int) -> tuple[int, int]:
-    scale = min(1.0, _LONGEST_SIDE / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def _photograph(image: NDArray[np.uint8], size: tuple[int, int]) -> str:
-    picture = Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS)
+def _uri(picture: Image.Image, **options: Any) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=_JPEG_QUALITY)
-    return _data_uri("image/jpeg", buffer)
-
-
-def _indexed(codes: NDArray[np.uint8], colours: NDArray[np.uint8], size: tuple[int, int]) -> str:
-    """A palette PNG: the codes are the pixels, so that it is small and nothing is blended."""
-    picture = Image.fromarray(np.ascontiguousarray(codes))
-    picture.putpalette(colours.tobytes())
-    buffer = io.BytesIO()
-    picture.resize(size[::-1], Image.Resampling.NEAREST).save(buffer, "PNG", optimize=True)
-    return _data_uri("image/png", buffer)
-
-
-def _data_uri(media_type: str, buffer: io.BytesIO) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    picture.save(buffer, "WEBP", **options)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from rdd_pipeline.comparison import network_label
+from rdd_pipeline.inspection.pictures import scale_picture
 from rdd_pipeline.report.curves import Chart, Line, line_chart
-from rdd_pipeline.report.panels import cividis
+from rdd_pipeline.report.map_charts import heat_chart
 
 # Names in the history (see rdd_pipeline.losses) with what the report calls them. A colour belongs
 # to a name, so that it means the same in every chart.
@@ -174,6 +176,13 @@ def diagnostics(results: Mapping[str, Any]) -> tuple[Diagnostics, ...]:
                 )
             )
         ]
+        entries = [
+            (entry["iteration"], entry["relative"]) for entry in student.get("class_history", ())
+        ]
+        if entries:
+            title = f"{_relation_label(rdd['relation'])}: share of each class's pixels"
+            names = results["data"]["class_names"]
+            charts.append(heat_chart(title, names, entries, key=f"classes{number}"))
         drawn = tuple(chart for chart in charts if chart is not None)
         if drawn:
             found.append(Diagnostics(name=student["name"], charts=drawn))
@@ -251,7 +260,7 @@ def _row(
     return NetworkRow(
         name=name,
         method=method,
-        network=_network_label(network),
+        network=network_label(network),
         miou=result["metrics"]["miou"],
         pixel_accuracy=result["metrics"]["pixel_accuracy"],
         iterations=result.get("iterations"),
@@ -264,12 +273,6 @@ def _row(
         parameters=result.get("parameters"),
         source=source,
     )
-
-
-def _network_label(network: Mapping[str, Any]) -> str:
-    """What a network is, in the words of its type's configuration."""
-    keys = ("architecture", "encoder", "model", "factory")
-    return " ".join(str(network[key]) for key in keys if key in network)
 
 
 def _baseline(
@@ -301,7 +304,7 @@ def _timing(student: Mapping[str, Any]) -> bool:
 def _cell(iou: float | None) -> ClassCell:
     if iou is None:
         return ClassCell(iou=None, background="transparent", ink="inherit")
-    red, green, blue = (int(channel) for channel in cividis(np.array([iou]))[0])
+    red, green, blue = (int(channel) for channel in scale_picture(np.array([iou]))[0])
     # Relative luminance (ITU-R BT.709 weights); black and white contrast equally at about 0.46.
     light = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.46 * 255
     return ClassCell(

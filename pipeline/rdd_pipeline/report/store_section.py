@@ -5,29 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from rdd_pipeline.config import parse_config
-from rdd_pipeline.data import Sample, SegmentationDataset, build_dataset
-from rdd_pipeline.report.panels import Panel, image_panels
-from rdd_storage import (
-    MapReader,
-    MapStatistics,
-    RddError,
-    StoreStatus,
-    hardness_table,
-    store_status,
-    true_prob_table,
-)
+from rdd_pipeline.comparison import network_label
+from rdd_pipeline.inspection import DataSource, EmptySelectionError, ImageView, Maps, RankedImage
+from rdd_pipeline.report.panels import LONGEST_SIDE, Panel, PictureBook, image_panels
+from rdd_storage import RddError, StoreStatus
 
 HARDEST_IMAGES = 8
-"""Images shown; each takes about 300 kB of the page at most."""
-
-THRESHOLD = 0.7
-"""A pixel counts as hard up to this true-class probability, the published threshold."""
+"""Images shown unless said otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,66 +30,129 @@ class HardImage:
     """One of the hardest images."""
 
     image_id: str
-    mean_hardness: float
-    """Of its labelled pixels."""
-    hard_share: float
-    """Of its labelled pixels with a true-class probability of at most 0.7."""
-    pixel_accuracy: float
-    """Of the teacher."""
-    mean_weight: float
-    """Of exp(-D) over the output grid."""
+    figures: RankedImage
+    """Its measures."""
     panels: tuple[Panel, ...]
     note: str
-    """Why image and label are missing; empty when they are there."""
+    """Why image and label are missing; empty when they are there, or there is no data set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSection:
-    """Everything the report says about the store; ``problem`` says why it can say nothing."""
+    """What the report says about the store; ``problem`` says why it can say nothing."""
 
     path: str
     """Relative to the run's folder where the store lies in it."""
     problem: str = ""
     fingerprint: str = ""
     format_version: int = 0
+    version: int | None = None
+    teacher: str = ""
+    data: str = ""
     images: int = 0
     bytes_on_disk: int = 0
     bytes_per_image: float = 0.0
     arrays: tuple[ArrayBytes, ...] = ()
     palette: tuple[tuple[int, int, int], ...] = ()
     """Empty when the store was built without colours."""
-    hardest: tuple[HardImage, ...] = ()
 
 
-def store_section(results: dict[str, Any], run_dir: Path) -> StoreSection:
-    """Read what the report shows from the run's store and data set.
-
-    A store or data set that is no longer there makes the section shorter, not the report fail.
+def store_section(maps: Maps, shown: str) -> StoreSection:
+    """What a store is and takes.
 
     Args:
-        results: The content of ``results.json``.
-        run_dir: The folder that holds it.
+        maps: The store.
+        shown: Its path, as the reader is to see it.
     """
-    path = _find_store(str(results["maps"]["path"]), run_dir)
-    shown = _relative(path, run_dir)
+    status, identity = maps.status, maps.reader.identity
+    teacher = identity.get("teacher")
+    network = teacher.get("network") if isinstance(teacher, dict) else None
+    data = identity.get("data")
+    dataset = maps.source.dataset
+    coloured = bool(maps.reader.attributes.get("palette")) or bool(dataset and dataset.palette)
+    return StoreSection(
+        path=shown,
+        fingerprint=status.fingerprint,
+        format_version=status.format_version,
+        version=maps.reader.version,
+        teacher=network_label(network) if isinstance(network, dict) else "",
+        data=f"{data.get('name', '')} {data.get('split', '')}" if isinstance(data, dict) else "",
+        images=len(maps),
+        bytes_on_disk=status.bytes_on_disk,
+        bytes_per_image=status.bytes_per_image,
+        arrays=_arrays(status, maps.reader.arrays),
+        palette=tuple((r, g, b) for r, g, b in maps.palette.tolist()) if coloured else (),
+    )
+
+
+def open_maps(path: str | Path, data: DataSource | None) -> tuple[Maps, str]:
+    """A store with its data set, or without it and the reason why.
+
+    Raises:
+        StoreError: The store itself cannot be read.
+    """
+    maps = Maps(path)
     try:
-        status = store_status(path)
-        reader = MapReader(path)
-        dataset, problem = _open_dataset(results["config"])
-        palette = _palette(reader, dataset)
-        return StoreSection(
-            path=shown,
-            fingerprint=status.fingerprint,
-            format_version=status.format_version,
-            images=status.images,
-            bytes_on_disk=status.bytes_on_disk,
-            bytes_per_image=status.bytes_per_image,
-            arrays=_arrays(status, reader.arrays),
-            palette=palette,
-            hardest=_hardest(reader, dataset, problem, palette),
-        )
+        return (maps if data is None else Maps(path, data)), ""
     except RddError as error:
-        return StoreSection(path=shown, problem=str(error))
+        return maps, str(error)
+
+
+def hardest_images(
+    maps: Maps,
+    *,
+    count: int = HARDEST_IMAGES,
+    book: PictureBook | None = None,
+    side: int = LONGEST_SIDE,
+) -> tuple[HardImage, ...]:
+    """The hardest images of a store by the mean hardness of their labelled pixels.
+
+    Args:
+        maps: The store.
+        count: Images, at most.
+        book: Keeps the pictures small; None takes them as they are.
+        side: Longest side of a picture, pixels, where there is no book.
+
+    Raises:
+        StoreIncompleteError: The store is not built to the end.
+    """
+    if count < 1:
+        return ()
+    book = PictureBook(count, side=side) if book is None else book
+    try:
+        ranking = maps.hardest(count)
+    except EmptySelectionError:  # no image has a label
+        return ()
+    return tuple(_hard_image(maps[image.image_id], image, book) for image in ranking)
+
+
+def _hard_image(view: ImageView, figures: RankedImage, book: PictureBook) -> HardImage:
+    sample, note = shown_sample(view)
+
+    def draw(side: int, quality: int) -> tuple[Panel, ...]:
+        return image_panels(
+            image=view.image if sample else None,
+            label=view.label if sample else None,
+            prediction=view.prediction,
+            weight=view.weight,
+            hardness=view.hardness,
+            palette=view.palette,
+            side=side,
+            quality=quality,
+        )
+
+    return HardImage(image_id=view.image_id, figures=figures, panels=book.add(draw), note=note)
+
+
+def shown_sample(view: ImageView) -> tuple[bool, str]:
+    """Whether image and label can be shown, and else why not."""
+    if view.problem:
+        return False, view.problem
+    try:
+        _ = view.image
+    except RddError as error:  # it cannot be decoded
+        return False, str(error)
+    return True, ""
 
 
 def _arrays(status: StoreStatus, maps: Sequence[str]) -> tuple[ArrayBytes, ...]:
@@ -120,118 +168,16 @@ def _arrays(status: StoreStatus, maps: Sequence[str]) -> tuple[ArrayBytes, ...]:
     )
 
 
-def rank_by_mean_hardness(statistics: MapStatistics) -> NDArray[np.intp]:
-    """Indices of the images with labelled pixels, the hardest first; ties keep their order."""
-    pixels, mean, _ = _hardness_figures(statistics)
-    order = np.argsort(-mean, kind="stable")
-    return order[pixels[order] > 0]
-
-
-def _hardness_figures(
-    statistics: MapStatistics,
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Labelled pixels, mean hardness and share of hard pixels of each image, (N,) each."""
-    counts = statistics.image_hardness.sum(axis=1, dtype=np.float64)
-    codes = slice(counts.shape[1])
-    hardness = hardness_table(8)[codes].astype(np.float64)
-    # float32(0.7) is an edge of the codes, so the codes decide exactly.
-    hard = true_prob_table(8)[codes] <= np.float32(THRESHOLD)
-    pixels = counts.sum(axis=1)
-    some = np.maximum(pixels, 1.0)
-    return pixels, counts @ hardness / some, counts @ hard / some
-
-
-def _hardest(
-    reader: MapReader,
-    dataset: SegmentationDataset | None,
-    problem: str,
-    palette: tuple[tuple[int, int, int], ...],
-) -> tuple[HardImage, ...]:
-    statistics = reader.statistics()
-    _, mean, hard = _hardness_figures(statistics)
-    index_of = {} if dataset is None else {name: i for i, name in enumerate(dataset.image_ids)}
-    images = []
-    for row in rank_by_mean_hardness(statistics)[:HARDEST_IMAGES].tolist():
-        image_id = statistics.image_ids[row]
-        sample, note = None, problem
-        if dataset is not None:
-            sample, note = _read_sample(reader, dataset, index_of.get(image_id), image_id)
-        prediction, discrepancy, hardness = reader.read_many(
-            [(array, image_id, None) for array in ("prediction", "discrepancy", "hardness")]
-        )
-        labelled = statistics.image_label_pixels[row].sum()
-        images.append(
-            HardImage(
-                image_id=image_id,
-                mean_hardness=float(mean[row]),
-                hard_share=float(hard[row]),
-                pixel_accuracy=float(statistics.image_intersection[row].sum() / labelled),
-                mean_weight=float(
-                    statistics.image_weight_sum[row] / statistics.image_grid_points[row]
-                ),
-                panels=image_panels(
-                    image=None if sample is None else sample.image,
-                    label=None if sample is None else sample.label,
-                    prediction=prediction.astype(np.uint8, copy=False),
-                    discrepancy=discrepancy.astype(np.float16, copy=False),
-                    hardness=_eight_bit(hardness, reader.schema.hardness_bits),
-                    palette=palette or _grey_levels(reader.schema.num_classes),
-                ),
-                note=note,
-            )
-        )
-    return tuple(images)
-
-
-def _eight_bit(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:
-    """The high byte of a 16-bit hardness code is the 8-bit code."""
-    return (codes >> (bits - 8)).astype(np.uint8)
-
-
-def _read_sample(
-    reader: MapReader, dataset: SegmentationDataset, index: int | None, image_id: str
-) -> tuple[Sample | None, str]:
-    """The image that the maps were made from, or why it is not shown."""
-    if index is None:
-        return None, "the data set has no image of this name any more"
-    try:
-        if dataset.digest(index) != reader.record(image_id).digest:
-            return None, "the image or its label has changed since the maps were built"
-        return dataset[index], ""
-    except RddError as error:
-        return None, str(error)
-
-
-def _open_dataset(config: dict[str, Any]) -> tuple[SegmentationDataset | None, str]:
-    try:
-        return build_dataset(parse_config(config, source="results.json").data, "train"), ""
-    except RddError as error:
-        return None, str(error)
-
-
-def _palette(
-    reader: MapReader, dataset: SegmentationDataset | None
-) -> tuple[tuple[int, int, int], ...]:
-    stored: Sequence[Sequence[int]] = reader.attributes.get("palette") or ()
-    if stored:
-        return tuple((int(r), int(g), int(b)) for r, g, b in stored)
-    return () if dataset is None else dataset.palette
-
-
-def _grey_levels(num_classes: int) -> list[tuple[int, int, int]]:
-    levels = np.linspace(30, 225, num_classes).astype(int).tolist()
-    return [(level, level, level) for level in levels]
-
-
-def _find_store(path: str, run_dir: Path) -> str:
-    """The store's path; the run may have been moved, or be read from another folder."""
+def find_store(path: str, run_dir: Path) -> str:
+    """A run's store; the run may have been moved, or be read from another folder."""
     moved = run_dir / "maps" / Path(path).name
     if "://" not in path and not Path(path).exists() and moved.exists():
         return str(moved)
     return path
 
 
-def _relative(path: str, run_dir: Path) -> str:
+def relative_path(path: str, run_dir: Path) -> str:
+    """A path relative to the run's folder where it lies in it."""
     if "://" in path:
         return path
     try:

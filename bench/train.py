@@ -1,0 +1,389 @@
+"""What training from stored maps costs: supervised, cached RDD, + soft labels, teacher in the loop.
+
+    python bench/train.py                       # about ten minutes on two cores, small images
+    python bench/train.py --device cuda --precision bf16 --batch-size 8 --workers 16
+    python bench/train.py --quick               # a minute; figures mean little
+
+For each student the four ways of training take turns in blocks of steps, in one process, so that
+all see the same moods of the machine. A step is what training does: take a batch from the loader,
+forward, loss of the second stage, backward, optimiser. Online, the published way, the teacher sees
+every crop. Then memory, each way in a process of its own; with --soak over many steps. The number
+of students after which stored maps have paid for themselves follows from the measured times.
+
+On a GPU images are 1024 x 2048 and crops 512 x 1024; on a CPU both are a quarter as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import itertools
+import json
+import math
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from _maps import Setting
+from _training_data import CLASSES, TrainingData, draw_images, machine, write_maps
+from rdd_pipeline.build import ShardBuilder, ShardTask, create_writer, pass_options
+from rdd_pipeline.config import RunConfig, StudentConfig, parse_config
+from rdd_pipeline.data import SegmentationDataset, dataset_digests
+from rdd_pipeline.loader import make_loader
+from rdd_pipeline.networks import build_network, load_weights, save_weights
+from rdd_pipeline.prefetch import DevicePrefetcher
+from rdd_pipeline.student import prepare_student
+from rdd_pipeline.teacher_views import autocast
+from rdd_storage import MapReader
+
+LARGE = Setting("1024 x 2048", 1024, 2048, CLASSES, (512, 1024), 32, 8)
+SMALL = Setting("256 x 512", 256, 512, CLASSES, (128, 256), 32, 8)
+_DILATED = {"output_stride": 8, "auxiliary": True}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "DeepLabV3-R18": {"architecture": "DeepLabV3", "encoder": "resnet18", **_DILATED},
+    "DeepLabV3-MobileNetV2": {"architecture": "DeepLabV3", "encoder": "mobilenet_v2", **_DILATED},
+    "PSPNet-R18": {
+        "architecture": "PSPNet",
+        "encoder": "resnet18",
+        **_DILATED,
+        "options": {"encoder_depth": 5},
+    },
+}
+TEACHER = {"architecture": "DeepLabV3", "encoder": "resnet101", **_DILATED}
+METHODS: dict[str, dict[str, Any]] = {
+    "supervised": {"method": "supervised"},
+    "cached RDD": {"method": "rdd", "kd": {"weight": 0.0}},
+    "cached RDD + soft labels": {"method": "rdd"},
+    "online RDD": {"method": "rdd", "teacher": "online"},
+}
+CACHED = "cached RDD + soft labels"
+GOALS = {"cpu": 1.05, "cuda": 1.03}
+CITYSCAPES_IMAGES, PAPER_ITERATIONS = 2975, 40_000
+_WARM_UP = 3
+
+
+@dataclass
+class Times:
+    """Seconds of the steps of one way."""
+
+    steps: list[float] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
+
+    @property
+    def step_ms(self) -> float:
+        """Median step."""
+        return 1e3 * statistics.median(self.steps)
+
+    @property
+    def wait_share(self) -> float:
+        """Share of all time in which there was no batch."""
+        return sum(self.waits) / sum(self.steps)
+
+
+class Bench:
+    """Data, maps, teacher and settings in one folder."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder = args, folder
+        setting = LARGE if args.device == "cuda" else SMALL
+        self.data = TrainingData(folder=folder, setting=setting, suffix="png")
+
+    def prepare(self) -> None:
+        """Draw the images, write the maps, pack, and make the teacher."""
+        draw_images(self.folder, self.data.setting)
+        write_maps(self.data)
+        if not self.args.files:
+            self.data.pack()
+        teacher = build_network(self.config().teacher.network, CLASSES, seed=0)
+        save_weights(teacher, self.teacher_weights)
+
+    @property
+    def teacher_weights(self) -> Path:
+        """Random ones: they take as long."""
+        return self.folder / "teacher.safetensors"
+
+    def config(self, network: str = "DeepLabV3-R18") -> RunConfig:
+        """A run with one student for each way."""
+        args = self.args
+        return parse_config(
+            {
+                "name": "bench",
+                "output": str(self.folder / "runs"),
+                "device": args.device,
+                "data": self.data.section | {"packed": "never" if args.files else "always"},
+                "teacher": {"network": TEACHER, "checkpoint": str(self.teacher_weights)},
+                "maps": {"precision": args.precision, "batch_size": args.pass_batch},
+                "student": {
+                    "network": NETWORKS[network],
+                    "training": {
+                        "iterations": 1000,
+                        "batch_size": args.batch_size,
+                        "crop_size": list(self.data.setting.crop),
+                        "precision": args.precision,
+                        "workers": args.workers,
+                        "channels_last": args.channels_last,
+                    },
+                },
+                "students": [
+                    {"name": name.replace(" ", "-").replace("+", "and"), **way}
+                    for name, way in METHODS.items()
+                ],
+            }
+        )
+
+    def dataset(self) -> SegmentationDataset:
+        """The training images."""
+        return self.data.dataset(packed=not self.args.files)
+
+    def steps(self, network: str, method: str) -> Iterator[tuple[float, float]]:
+        """Seconds of each training step, and of it those without a batch; endless."""
+        config = self.config(network)
+        student: StudentConfig = config.students[list(METHODS).index(method)]
+        training, device = config.student.training, torch.device(self.args.device)
+        dataset = self.dataset()
+        teacher = None
+        if student.needs_teacher:
+            teacher = build_network(config.teacher.network, CLASSES)
+            load_weights(teacher, self.teacher_weights)
+        prepared = prepare_student(
+            config,
+            student,
+            dataset,
+            reader=MapReader(self.data.store) if student.needs_maps else None,
+            teacher=teacher,
+        )
+        prepared.stream.length = 10**9
+        loader = make_loader(
+            prepared.stream,
+            batch_size=training.batch_size,
+            workers=training.workers,
+            pin_memory=device.type == "cuda",
+        )
+        model = prepared.model.to(device).train()
+        if training.channels_last:
+            model.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+        scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "fp16")
+        iteration = training.iterations * 3 // 4  # the second stage, the dearer one
+        with DevicePrefetcher(loader, device) as batches:
+            while True:
+                started, waited = time.perf_counter(), batches.waited
+                batch = batches.take()
+                optimizer.zero_grad(set_to_none=True)
+                images = batch["image"]
+                if training.channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                with autocast(device, training.precision):
+                    outputs = model(images)
+                result = prepared.loss(outputs, batch["label"], prepared.signals(batch), iteration)
+                scaler.scale(result.total).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                yield time.perf_counter() - started, batches.waited - waited
+
+    def pass_seconds(self, images: int) -> float:
+        """Seconds that building the maps takes an image: the median of whole shards."""
+        config = self.config()
+        dataset, maps = self.dataset(), config.maps.model_copy(update={"shard_images": images})
+        network = build_network(config.teacher.network, CLASSES)
+        writer = create_writer(
+            str(self.folder / "built.zarr"),
+            dataset,
+            network,
+            maps,
+            identity={"benchmark": "pass"},
+            digests=dataset_digests(dataset),
+        )
+        task = ShardTask(
+            writer=writer,
+            dataset=dataset,
+            network=config.teacher.network,
+            weights=self.teacher_weights,
+            options=pass_options(maps),
+            device=self.args.device,
+        )
+        seconds = []
+        with closing(ShardBuilder(task)) as builder, writer.lease():
+            for shard in writer.pending_shards()[: 1 + self.args.pass_shards]:
+                started = time.perf_counter()
+                builder.build(shard)
+                seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds[1:]) / images
+
+
+def measure(bench: Bench, network: str) -> dict[str, Times]:
+    """Times of all ways, in turns."""
+    args = bench.args
+    sources = {method: bench.steps(network, method) for method in METHODS}
+    times = {method: Times() for method in METHODS}
+    # The teacher in the loop takes many times as long as the rest: fewer steps say as much.
+    slow = "online RDD"
+    for method, source in sources.items():
+        # One pass over the images first, so that what is kept in memory is there.
+        once = len(bench.dataset()) // args.batch_size
+        list(itertools.islice(source, 1 if method == slow else _WARM_UP + once))
+    for _ in range(args.blocks):
+        for method, source in sources.items():
+            # The loader ran ahead while the others were at work: let it come to its own pace.
+            settle = 0 if method == slow else args.workers * 2 + 1
+            count = max(1, args.steps // 8) if method == slow else args.steps
+            list(itertools.islice(source, settle))
+            for step, waited in itertools.islice(source, count):
+                times[method].steps.append(step)
+                times[method].waits.append(waited)
+    return times
+
+
+def memory(args: argparse.Namespace, folder: Path, network: str, method: str, steps: int) -> Any:
+    """Peaks in a process of its own: host bytes with its loaders, device bytes, resident course."""
+    command = [sys.executable, *sys.argv, "--memory-of", network, method, str(steps), str(folder)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_memory(args: argparse.Namespace) -> None:
+    """Print what :func:`memory` returns."""
+    network, method, steps, folder = args.memory_of
+    process, course = psutil.Process(), []
+    every = max(1, int(steps) // 10)
+    source = Bench(args, Path(folder)).steps(network, method)
+    for number, _ in enumerate(itertools.islice(source, int(steps)), start=1):
+        if number % every == 0:
+            family = [process, *process.children(recursive=True)]
+            course.append(sum(member.memory_full_info().pss for member in family))
+    device = torch.cuda.max_memory_allocated() if args.device == "cuda" else None
+    print(json.dumps({"host": max(course), "device": device, "course": course}))
+
+
+def report(args: argparse.Namespace) -> Iterator[str]:
+    """The lines of the report, as they are measured."""
+    with tempfile.TemporaryDirectory(prefix="rdd-bench-") as name:
+        bench = Bench(args, Path(name))
+        bench.prepare()
+        setting, goal = bench.data.setting, GOALS[args.device]
+        hardware = machine()
+        if args.device == "cuda":
+            hardware = f"{torch.cuda.get_device_name()}, {hardware}"
+        versions = ("segmentation-models-pytorch", "zarr", "tensorstore", "numpy")
+        listed = ", ".join(f"{key} {importlib.metadata.version(key)}" for key in versions)
+        yield "# Training from stored maps beside its alternatives\n"
+        yield (
+            f"Command: `{shlex.join(['python', 'bench/train.py', *sys.argv[1:]])}`, "
+            f"{datetime.date.today()}, {hardware}, {torch.get_num_threads()} threads.\n"
+            f"Python {platform.python_version()}, torch {torch.__version__}, {listed}\n"
+        )
+        yield (
+            f"{setting.images} images of {setting.name} "
+            f"({'files' if args.files else 'packed'}), crops of {setting.crop[0]} x "
+            f"{setting.crop[1]}, batches of {args.batch_size}, {CLASSES} classes, precision "
+            f"{args.precision}, {args.workers} loader processes. Online teacher: "
+            "DeepLabV3-ResNet101. Blocks of the four ways alternate.\n"
+        )
+        found = {}
+        for network in args.networks:
+            times = found[network] = measure(bench, network)
+            yield f"## {network}\n"
+            yield (
+                "| | step, ms (median) | images/s | data wait | over supervised | device memory, "
+                "MB | host memory, MB |\n|---|---:|---:|---:|---:|---:|---:|"
+            )
+            base = times["supervised"].step_ms
+            for method, seen in times.items():
+                peak = memory(args, bench.folder, network, method, 10)
+                device = "-" if peak["device"] is None else f"{peak['device'] / 1e6:.0f}"
+                yield (
+                    f"| {method} | {seen.step_ms:.1f} | {1e3 * args.batch_size / seen.step_ms:.1f} "
+                    f"| {seen.wait_share:.1%} | {seen.step_ms / base:.3f} | {device} | "
+                    f"{peak['host'] / 1e6:.0f} |"
+                )
+            ratio = times[CACHED].step_ms / base
+            online = times["online RDD"].step_ms / times[CACHED].step_ms
+            yield (
+                f"\nGoal: {CACHED} at most {goal:.2f} of supervised: {ratio:.3f}, "
+                f"{'met' if ratio <= goal else '**missed**'}. With the teacher in the loop a step "
+                f"takes {online:.2f} times as long.\n"
+            )
+        yield from break_even(bench, found)
+        if args.soak:
+            yield from soak(args, bench)
+
+
+def break_even(bench: Bench, found: dict[str, dict[str, Times]]) -> Iterator[str]:
+    """Students after which the maps have paid for themselves."""
+    args = bench.args
+    each = bench.pass_seconds(args.pass_images)
+    build = each * CITYSCAPES_IMAGES
+    yield "## When maps have paid for themselves\n"
+    yield (
+        f"Building takes {each:.3g} s an image, {build / 3600:.2g} h for Cityscapes' "
+        f"{CITYSCAPES_IMAGES} images at this size. A training of {PAPER_ITERATIONS} iterations "
+        f"with batches of {args.batch_size} saves, against the teacher in the loop:\n"
+    )
+    yield "| student | saved, h | students after which maps have paid |\n|---|---:|---:|"
+    for network, times in found.items():
+        saved = (times["online RDD"].step_ms - times[CACHED].step_ms) / 1e3 * PAPER_ITERATIONS
+        students = math.ceil(build / saved) if saved > 0 else "never"
+        yield f"| {network} | {saved / 3600:.2g} | {students} |"
+    yield ""
+
+
+def soak(args: argparse.Namespace, bench: Bench) -> Iterator[str]:
+    """Memory over many steps."""
+    network = args.networks[-1]
+    course = memory(args, bench.folder, network, CACHED, args.soak)["course"]
+    growth = course[-1] / course[1] - 1
+    yield f"## Memory over {args.soak} steps\n"
+    yield (
+        f"{network}, {CACHED}: resident memory of training and loader processes after each tenth, "
+        f"in MB: {', '.join(f'{value / 1e6:.0f}' for value in course)}. From the second tenth to "
+        f"the last: {growth:+.1%}. Goal: flat."
+    )
+
+
+def main() -> None:
+    """Print the report in markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", default="no", choices=("no", "bf16", "fp16"))
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--files", action="store_true", help="read image files, not a pack")
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=8, help="steps in a block")
+    parser.add_argument("--pass-images", type=int, default=4, help="images in a measured shard")
+    parser.add_argument("--pass-shards", type=int, default=3)
+    parser.add_argument("--pass-batch", type=int, default=4)
+    parser.add_argument("--soak", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--quick", action="store_true", help="a smoke test")
+    parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.quick:
+        args.networks, args.blocks, args.steps = ["PSPNet-R18"], 1, 4
+    if args.memory_of:
+        measure_memory(args)
+        return
+    for line in report(args):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
