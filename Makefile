@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-losses bench-store bench-teacher bench-train bench-flows docs clean
+.PHONY: help demo test lint format bench bench-losses bench-store bench-teacher bench-train bench-flows stack-up stack-down docs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -15,7 +15,8 @@ demo: $(VENV)/.ready  ## Run the whole system on built-in scenes (a few minutes 
 	$(BIN)/rdd run configs/quickstart.yaml
 
 test: $(VENV)/.ready-dev lint  ## Check style, types and layers, then run all tests
-	$(BIN)/python -m pytest
+	./scripts/install-system-packages
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready-dev  ## Check style, types, and the direction of dependencies
 	$(BIN)/ruff format --check .
@@ -44,6 +45,13 @@ bench-train: $(VENV)/.ready-dev  ## Loading, and training from stored maps besid
 
 bench-flows: $(VENV)/.ready-dev  ## What Prefect and Dask add
 	$(BIN)/python bench/flows.py
+
+stack-up: $(VENV)/.ready-dev  ## Start PostgreSQL, Redis, Prefect, Dask and S3 here (docs/operations.md)
+	./scripts/install-system-packages
+	$(BIN)/rdd stack up
+
+stack-down: $(VENV)/.ready-dev  ## Stop them; their data are kept
+	$(BIN)/rdd stack down
 
 docs: $(VENV)/.ready-dev  ## Run the code blocks of README and docs
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -107,11 +107,13 @@ def test_without_a_run_the_first_cell_says_what_makes_one(
 
 def test_inspect_maps(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = execute("inspect_maps", run, monkeypatch)
-    hardest = Maps(store_of(run)).hardest(5).image_ids
+    maps = Maps(store_of(run))
+    hardest = maps.hardest(5).image_ids
     ranking = next(html for html in shown.html if "5 hardest of 12 images" in html)
     places = [ranking.index(f">{name}<") for name in hardest]
     assert places == sorted(places)
-    assert "AUROC" in "".join(shown.html)
+    auroc = maps.quality(["discrepancy"], resamples=0)["discrepancy"].figures["auroc"].value
+    assert f">{auroc:.4f} [" in next(html for html in shown.html if "augrc" in html)
     assert len(shown.pictures) == 6
     assert shown.widgets == 1
 

@@ -266,13 +266,20 @@ def report(
             "--images", min=0, help="Images to show: half the hardest, half the most suspicious."
         ),
     ] = 24,
+    overrides: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
     """Write one HTML file about a run or a map store, that needs nothing else to be looked at."""
+    from rdd_pipeline.config import load_config
+    from rdd_pipeline.errors import ConfigError
+
+    if overrides and data is None:
+        raise ConfigError("--set changes the configuration of --data, and there is none; give both")
+    source = None if data is None else load_config(data, overrides or ()).data
     reporter = _start(quiet)
     from rdd_pipeline.report import write_report
 
-    path = write_report(target, out=out, data=data, images=images, reporter=reporter)
+    path = write_report(target, out=out, data=source, images=images, reporter=reporter)
     _out.print(str(path), soft_wrap=True)
 
 

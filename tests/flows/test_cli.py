@@ -201,6 +201,14 @@ def test_train_uses_a_ready_store_and_report_is_written_again(
     (run / "report.html").unlink()
     assert rdd("report", run).returncode == 0
     assert (run / "report.html").exists()
+    page = tmp_path / "store.html"
+    done = rdd("report", store, "--data", config, "--images", "2", "--out", page)
+    assert done.returncode == 0, done.stderr
+    assert str(page) in done.stdout
+    assert "most suspicious labels" in page.read_text(encoding="utf-8")
+    neither = rdd("report", tmp_path)
+    assert neither.returncode == 1
+    assert "expected the folder of a finished run, or a map store" in neither.stderr
 
 
 def test_store_of_another_data_set_is_refused_with_a_difference(

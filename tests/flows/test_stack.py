@@ -226,7 +226,8 @@ class Team:
         if ended and found["state_type"] not in expected:
             wanted = {"logs": {"flow_run_id": {"any_": [run]}}}
             logs = self.api.post("/logs/filter", json=wanted).json()
-            pytest.fail("\n".join([found["state_name"], *(line["message"] for line in logs)]))
+            said = [str(found["state"]["message"]), *(line["message"] for line in logs)]
+            pytest.fail("\n".join(said))
         return found
 
     def wait_for_shards(self, run: str, more_than: int) -> None:

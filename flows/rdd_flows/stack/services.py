@@ -202,6 +202,8 @@ def _dask_scheduler(stack: Stack) -> Service:
 def _dask_worker(stack: Stack, number: int) -> Service:
     name = f"dask-worker-{number}"
     folder = stack.root / "dask"
+    # Students that train on a worker start processes of their own to load images.
+    processes = {"DASK_DISTRIBUTED__WORKER__DAEMON": "False"}
     gpu_environment = {"CUDA_VISIBLE_DEVICES": str(number)} if stack.gpus else {}
     gpu_options = ["--resources", "GPU=1"] if stack.gpus else []
     counts = f"http://{HOST}:{stack.ports['dask-dashboard']}/json/counts.json"
@@ -211,7 +213,7 @@ def _dask_worker(stack: Stack, number: int) -> Service:
         command=lambda: [*_PYTHON, "dask", "worker", stack.dask_url, "--name", name, "--host", HOST,
                  "--nthreads", "2", "--dashboard-address", f"{HOST}:0",
                  "--local-directory", str(folder), *gpu_options],
-        environment=stack.environment() | gpu_environment,
+        environment=stack.environment() | processes | gpu_environment,
         ready=lambda: ((http_json(counts) or {}).get("workers") or 0) >= stack.workers,
         shown=stack.dask_url,
         prepare=lambda: folder.mkdir(exist_ok=True),

@@ -42,6 +42,7 @@ from rdd_pipeline.inspection.quality import (
 )
 from rdd_pipeline.inspection.ranking import RankedImage, Ranking
 from rdd_pipeline.inspection.summary import Summary
+from rdd_pipeline.inspection.viewer import Viewer, viewer_fragment, viewer_page
 
 __all__ = [
     "MEASURES",
@@ -72,6 +73,7 @@ __all__ = [
     "StudentStep",
     "Summary",
     "UnknownClassError",
+    "Viewer",
     "city_block_distance",
     "ece_from_counts",
     "find_label_errors",
@@ -81,6 +83,8 @@ __all__ = [
     "risk_coverage",
     "scores_from_counts",
     "spearman_from_counts",
+    "viewer_fragment",
+    "viewer_page",
     "write_csv",
     "write_overlays",
 ]

@@ -53,7 +53,7 @@ MAX_BYTES = 16_000_000
 
 _JPEG_QUALITY = 88
 _FALLBACK_SIDE = 384  # pixels of the picture that is seen where no script runs
-_FALLBACK_BYTES = 2_000_000  # of what a notebook keeps beside the widget
+_FALLBACK_BYTES = 400_000  # of what a notebook keeps beside the widget
 
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"

@@ -25,7 +25,7 @@ const KEYS = [
   ["Esc", "close the list, unpin, leave the viewer"],
 ];
 
-export function mount(element, source) {
+export function mount(element, source, start = 0) {
   const meta = source.meta;
   const names = meta.classes.map((each) => each.name);
   const scale = bytesOfHex(meta.cividis);
@@ -548,7 +548,7 @@ export function mount(element, source) {
   window.addEventListener("keydown", mark, true);
 
   const sizes = new ResizeObserver(() => draw());
-  const ready = go(0);
+  const ready = go(start);
   if (!meta.images.length) note.textContent = "There are no images to show.";
 
   const viewer = {
@@ -745,7 +745,7 @@ const SHARED = ["index", "quantity", "opacity", "threshold"];
 
 function render({ model, el }) {
   const { source, stop } = asked(model);
-  const viewer = mount(el, source);
+  const viewer = mount(el, source, model.get("index"));
   viewer.set(Object.fromEntries(SHARED.map((key) => [key, model.get(key)])));
   let telling = false; // a change of ours is not followed
   viewer.onChange((now) => {
