@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
-_LOGGED = (None, "rdd")  # the root, and our own logger, which does not hand on to the root
+_LOGGED = (None, "rdd")  # the root, and our own logger, which may not hand on to the root
 
 
 def configure_logging(console: Console, *, quiet: bool) -> None:
@@ -41,7 +41,9 @@ def log_to_file(path: Path) -> logging.Handler:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in _LOGGED:
-        logging.getLogger(name).addHandler(handler)
+        logger = logging.getLogger(name)
+        if name is None or not logger.propagate:  # else the root has its lines already
+            logger.addHandler(handler)
     return handler
 
 

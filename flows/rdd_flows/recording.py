@@ -20,6 +20,7 @@ from rdd_flows.environment import log_to_file, stop_logging_to_file
 from rdd_pipeline.config import RunConfig, load_config, parse_config
 from rdd_pipeline.errors import ConfigError
 from rdd_pipeline.progress import current_reporter
+from rdd_pipeline.stages import forget_digests
 
 logger = logging.getLogger("rdd.flows")
 
@@ -55,7 +56,11 @@ def settings_of(
 
 @contextmanager
 def recorded(config: RunConfig) -> Iterator[None]:
-    """Log to the run's file and to the flow run, and show bars as Prefect's progress artifacts."""
+    """Log to the run's file and to the flow run, and show bars as Prefect's progress artifacts.
+
+    Files are digested anew within it.
+    """
+    forget_digests()  # an earlier run in this process may have seen other images
     said = logging.getLogger("rdd")
     if said.level == logging.NOTSET:  # under a Prefect worker nobody has set it
         said.setLevel(logging.DEBUG)

@@ -38,7 +38,14 @@ from rdd_pipeline.data import build_dataset
 from rdd_pipeline.errors import ClusterError, ClusterUnavailableError, ConfigError
 from rdd_pipeline.files import write_atomically, write_json
 from rdd_pipeline.progress import Reporter
-from rdd_pipeline.stages import TrainedNetwork, machine, now, resolve_device, run_student
+from rdd_pipeline.stages import (
+    TrainedNetwork,
+    forget_digests,
+    machine,
+    now,
+    resolve_device,
+    run_student,
+)
 from rdd_storage import RddError, StoreMismatchError, StoreNotFoundError, find_store
 
 logger = logging.getLogger("rdd.students")
@@ -373,6 +380,7 @@ def _train_on_worker(job: _Job) -> TrainedNetwork:
     """What a worker does."""
     student = job.student
     with _ONE_AT_A_TIME, _lines_to_client(job.topic):
+        forget_digests()  # the worker may be older than the newest images
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         training = job.config.student_training(student)
