@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from rdd_pipeline.comparison import network_label
 from rdd_pipeline.config import RunConfig, parse_config
 from rdd_pipeline.errors import CheckpointError, ConfigError
 from rdd_pipeline.export import load_trained
 from rdd_pipeline.networks import build_network, load_state, state_hash, weights_hash
 from rdd_pipeline.progress import Reporter
-from rdd_pipeline.report.run_section import _network_label
 from rdd_pipeline.stages import run_maps, run_student, run_teacher
 from rdd_storage import MapReader
 from tiny import tiny_tree
@@ -202,7 +202,7 @@ def test_what_a_configuration_gets_wrong_is_named(
 
 
 def test_every_type_has_a_name_in_the_report() -> None:
-    assert _network_label({"architecture": "FPN", "encoder": "resnet18"}) == "FPN resnet18"
-    assert _network_label({"architecture": "fcn_resnet50", "type": "torchvision"}) == "fcn_resnet50"
-    assert _network_label({"model": "nvidia/segformer-b0"}) == "nvidia/segformer-b0"
-    assert _network_label({"factory": "mine:build", "options": {}}) == "mine:build"
+    assert network_label({"architecture": "FPN", "encoder": "resnet18"}) == "FPN resnet18"
+    assert network_label({"architecture": "fcn_resnet50", "type": "torchvision"}) == "fcn_resnet50"
+    assert network_label({"model": "nvidia/segformer-b0"}) == "nvidia/segformer-b0"
+    assert network_label({"factory": "mine:build", "options": {}}) == "mine:build"
