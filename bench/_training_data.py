@@ -6,9 +6,6 @@ they show does not change the work; how well they compress does, and it is print
 
 from __future__ import annotations
 
-import contextlib
-import os
-import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,17 +74,6 @@ class TrainingData:
         """Mean size of the files below a folder, for each image."""
         files = [path for path in (self.folder / folder).rglob("*") if path.is_file()]
         return sum(path.stat().st_size for path in files) / self.setting.images
-
-
-def machine() -> str:
-    """Processor and cores."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    return f"{len(os.sched_getaffinity(0))} cores ({model})"
 
 
 def draw_images(folder: Path, setting: Setting) -> None:

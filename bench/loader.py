@@ -29,8 +29,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from _machine import machine
 from _maps import STRIDE, Setting
-from _training_data import CLASSES, TrainingData, draw_images, machine, write_maps
+from _training_data import CLASSES, TrainingData, draw_images, write_maps
 from rdd_pipeline.data.geometry import pixel_window, random_crop
 from rdd_pipeline.stream import MapStream
 from rdd_storage import MapReader

@@ -39,6 +39,7 @@ import numpy as np
 from numcodecs.zstd import Zstd
 
 from _formats import FORMATS, Format, MapStore, Window, named, write_store
+from _machine import machine
 from _maps import STRIDE, Setting, TeacherMaps, make_maps
 from rdd_storage import MapWriter
 from rdd_storage.chunks import ChunkLayout, chunk_range
@@ -220,17 +221,6 @@ def stage(args: argparse.Namespace, name: str, kind: str, key: str) -> dict[str,
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     _results[name, kind, key] = result
     return result
-
-
-def machine() -> str:
-    """Processor and cores."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    return f"{len(os.sched_getaffinity(0))} cores ({model})"
 
 
 # -- stages --------------------------------------------------------------------------------------

@@ -37,8 +37,9 @@ from typing import Any
 import psutil
 import torch
 
+from _machine import machine
 from _maps import Setting
-from _training_data import CLASSES, TrainingData, draw_images, machine, write_maps
+from _training_data import CLASSES, TrainingData, draw_images, write_maps
 from rdd_pipeline.build import ShardBuilder, ShardTask, create_writer, pass_options
 from rdd_pipeline.config import RunConfig, StudentConfig, parse_config
 from rdd_pipeline.data import SegmentationDataset, dataset_digests

@@ -12,10 +12,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from rdd_flows.commands import flows_app, serve
+from rdd_flows.console import err as _err
+from rdd_flows.console import out as _out
 from rdd_flows.environment import configure_logging, quiet_prefect
 from rdd_flows.inspect_commands import register as register_inspection
 from rdd_flows.label_error_commands import register as register_label_errors
@@ -63,11 +64,6 @@ StorePath = Annotated[str, typer.Argument(metavar="STORE", help="Path or URL of 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors and results only.")]
 
 _HOLDS = {"maps": "maps", "pack": "images"}
-
-_out = Console()
-if not _out.is_terminal and "COLUMNS" not in os.environ:
-    _out.width = 160  # tables in a log or a pipe need not fit a terminal
-_err = Console(stderr=True)
 
 
 def _start(quiet: bool) -> Reporter:

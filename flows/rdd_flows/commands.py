@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from rdd_flows.console import out as _out
 
 flows_app = typer.Typer(help="Check and register Prefect deployments.", no_args_is_help=True)
-_out = Console()
 
 
 def _say(line: str) -> None:

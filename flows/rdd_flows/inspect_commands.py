@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from rdd_flows.console import err as _err
+from rdd_flows.console import out as _out
+from rdd_flows.console import say as _say
 
 if TYPE_CHECKING:
     from rdd_pipeline.inspection import Maps
-
-_out = Console()
-_err = Console(stderr=True)
 
 StorePath = Annotated[str, typer.Argument(metavar="STORE", help="Path or URL of a map store.")]
 Config = Annotated[
@@ -251,10 +251,6 @@ def _write_figure(draw: Callable[[], Any], path: Path | None) -> None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None or value != value else f"{value:.4f}"
-
-
-def _say(text: str) -> None:
-    _out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _plain(text: str) -> str:

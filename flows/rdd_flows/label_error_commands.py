@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rdd_flows.console import err as _err
+from rdd_flows.console import out as _out
+from rdd_flows.console import say as _say
+
 if TYPE_CHECKING:
     from rdd_pipeline.inspection import LabelErrors
-
-_out = Console()
-_err = Console(stderr=True)
 
 
 def label_errors(
@@ -95,7 +95,3 @@ def _write(found: LabelErrors, csv: Path | None, coco: Path | None, pictures: Pa
 def register(maps_app: typer.Typer) -> None:
     """Add the command to ``rdd maps``."""
     maps_app.command("label-errors")(label_errors)
-
-
-def _say(text: str) -> None:
-    _out.print(text, markup=False, highlight=False, soft_wrap=True)

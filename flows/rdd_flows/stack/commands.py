@@ -7,22 +7,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from rdd_flows.console import out as _out
+from rdd_flows.console import say as _say
 
 stack_app = typer.Typer(
     help="Run PostgreSQL, Redis, Prefect, Dask and an object store on this machine.",
     no_args_is_help=True,
 )
-_out = Console()
 _State = Annotated[
     Path, typer.Option("--state", help="Folder of the stack's data, logs and passwords.")
 ]
 _DEFAULT_STATE = Path(".stack")
-
-
-def _say(line: str) -> None:
-    _out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @stack_app.command()
