@@ -16,7 +16,7 @@ demo: $(VENV)/.ready  ## Run the whole system on built-in scenes (a few minutes 
 
 test: $(VENV)/.ready-dev lint  ## Check style, types and layers, then run all tests
 	./scripts/install-system-packages
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25
 
 lint: $(VENV)/.ready-dev  ## Check style, types, and the direction of dependencies
 	$(BIN)/ruff format --check .

@@ -5,8 +5,10 @@
 
 A few shards are made as a teacher would leave them (bench/_maps.py) and written as always. All
 other shards are hard links to their files, so that the store takes little room: counts and maps
-repeat, names and digests do not. Every step runs in a process of its own, imports done, with the
-files in the page cache. Memory is what the process gained over its state after the imports.
+repeat, names and digests do not, and the numbers of the summary are varied by chance, so that they
+take the room they have in life. Every step runs in a process of its own, imports done, with the
+files in the page cache and nothing in the user's cache. Memory is what the process gained over its
+state after the imports.
 """
 
 from __future__ import annotations
@@ -25,9 +27,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from _maps import Setting, make_maps
 from rdd_pipeline.files import readable_bytes
 from rdd_storage import ImageRecord, MapReader, MapWriter
+from rdd_storage.layout import encode_objects
+from rdd_storage.summary import COUNTED, MEASURED, OF_IMAGE
+from rdd_storage.summary_store import summary_key, summary_specs
 
 FULL = Setting("1024 x 2048, 19 classes", 1024, 2048, 19, (512, 1024), 100_000, 16)
 QUICK = Setting("128 x 256, 19 classes", 128, 256, 19, (64, 64), 2_000, 16)
@@ -80,6 +87,21 @@ def build_store(path: Path, setting: Setting, templates: int) -> None:
     for shard in shards[templates:]:
         _hard_link(marks / str(shard % templates), marks / str(shard))
     writer.publish()
+    _vary_summary(path)
+
+
+def _vary_summary(path: Path) -> None:
+    """Multiply the numbers of each image and class by a factor from 0.8 to 1."""
+    reader = MapReader(path)
+    stored = reader.summary()
+    assert stored is not None
+    summary, rng = stored.read(), np.random.default_rng(0)
+    specs = summary_specs(reader.schema, reader.version, reader.num_images)
+    for name, fields in (("counts", COUNTED), ("measures", MEASURED), ("images", OF_IMAGE)):
+        values = np.stack([getattr(summary, field) for field in fields])
+        values = (values * rng.uniform(0.8, 1.0, values.shape)).astype(values.dtype)
+        for key, content in encode_objects(specs[name], values).items():
+            (path / key).write_bytes(content)
 
 
 def _record(setting: Setting, index: int) -> ImageRecord:
@@ -130,10 +152,12 @@ def steps(store: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
         "open": ("open: `Maps(path)`", opened),
         "first": ("open and rank for the first time: `maps.hardest(20)`",
                   lambda: Maps(store).hardest()),
-        "rank": ("open and rank again, by mean", lambda: Maps(store).hardest()),
-        "class": ("open and rank again, by soft-min of one class",
-                  lambda: Maps(store).hardest(by="soft_min", class_name="class 3")),
-        "threshold": ("open and rank again, at another threshold",
+        "p95": ("the same by 95th percentile", lambda: Maps(store).hardest(by="p95")),
+        "soft_min": ("the same by soft-min of one class",
+                     lambda: Maps(store).hardest(by="soft_min", class_name="class 3")),
+        "hard_share": ("the same by the share of hard pixels of one class",
+                       lambda: Maps(store).hardest(by="hard_share", class_name="class 3")),
+        "threshold": ("the same at another threshold, from the counts",
                       lambda: Maps(store).hardest(by="hard_share", threshold=0.5)),
         "picture": ("open and first picture: `maps[i].figure()` as PNG", picture),
         "repr": ("open and show in a notebook (HTML)", lambda: Maps(store)._repr_html_()),
@@ -144,11 +168,17 @@ def steps(store: Path) -> dict[str, tuple[str, Callable[[], Any]]]:
         "intervals": ("the same with 1,000 resamples", lambda: Maps(store).quality()),
         "statistics": ("for comparison: `MapReader.statistics()`",
                        lambda: MapReader(store).statistics()),
+        "counts": ("a store without a summary: open and rank for the first time",
+                   lambda: Maps(store).hardest()),
+        "cached": ("a store without a summary: open and rank again, from the user's cache",
+                   lambda: Maps(store).hardest()),
+        "make": ("make the summary, as publication does",
+                 lambda: MapWriter.open(store).restore_summaries()),
     }  # fmt: skip
 
 
-# Of the steps that the goal is for: what it holds against, beyond opening.
-_GOALS = {"open": None, "first": "open", "rank": "open", "class": "open", "picture": "open"}
+# The steps that the goal is for, opening included.
+_GOALS = ("open", "first", "p95", "soft_min", "hard_share", "picture")
 
 
 def measure(step: str, store: Path) -> dict[str, float]:
@@ -184,7 +214,11 @@ def run_steps(store: Path, setting: Setting, cache: Path) -> str:
     environment = os.environ | {"RDD_CACHE": str(cache)}
     titles = {name: title for name, (title, _) in steps(store).items()}
     found = {}
+    voucher = store / summary_key(1)
+    summary = sum(file.stat().st_size for file in voucher.parent.rglob("*") if file.is_file())
     for name in titles:
+        if name == "counts":
+            voucher.unlink()  # a store without it has no summary
         done = subprocess.run(
             [sys.executable, __file__, "--step", name, "--store", str(store)],
             env=environment, capture_output=True, text=True, check=True,
@@ -200,7 +234,8 @@ def run_steps(store: Path, setting: Setting, cache: Path) -> str:
         f"{os.cpu_count()} cores. Python {platform.python_version()}, {versions}",
         "",
         f"{setting.images:,} images of {setting.name}, {setting.shard_images} to a shard. "
-        f"The cache of the summary takes {readable_bytes(cached)}. "
+        f"The summary takes {readable_bytes(summary)}, in the user's cache "
+        f"{readable_bytes(cached)}. "
         f"Load of the machine at the end: {os.getloadavg()[0]:.1f}.",
         "",
         "| step | seconds | without opening | processor seconds | memory | goal |",
@@ -212,12 +247,17 @@ def run_steps(store: Path, setting: Setting, cache: Path) -> str:
         own = max(seconds - opening, 0.0)
         goal = ""
         if name in _GOALS:
-            met = (seconds if _GOALS[name] is None else own) < GOAL
-            goal = "below 1 s: met" if met else "below 1 s: **missed**"
+            goal = "below 1 s: met" if seconds < GOAL else "below 1 s: **missed**"
         rest = "" if name == "open" else f"{own:.2f}"
         memory = readable_bytes(found[name]["memory"])
         processor = f"{found[name]['processor']:.2f}"
         lines.append(f"| {title} | {seconds:.2f} | {rest} | {processor} | {memory} | {goal} |")
+    each = (found["make"]["seconds"] / setting.images, found["make"]["processor"] / setting.images)
+    lines += [
+        "",
+        f"Publication takes {1000 * each[0]:.2f} s longer for each 1,000 images by its summary "
+        f"({1000 * each[1]:.2f} processor seconds).",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,14 +1,15 @@
 """Label errors that were put in, found by us and by cleanlab: precision, recall, time, memory.
 
     python bench/label_errors.py                           # drawn scenes; trains two teachers
-    python bench/label_errors.py --camvid PATH             # and CamVid's val images
+    python bench/label_errors.py --camvid PATH             # and CamVid's val images; two more
+    python bench/label_errors.py --clean-only              # no teachers of the changed labels
     python bench/label_errors.py --tune --camvid PATH      # other images; how scores were chosen
     python bench/label_errors.py --quick                   # a smoke test; figures mean little
 
 In every second image one to three regions of the label are given another class (see
 bench/_label_faults.py), and the maps are built on the changed labels, by a teacher that was trained
-on other images with clean labels and, for the scenes, by one that was trained on the changed labels
-themselves. cleanlab gets the same probabilities: the stored logits at full resolution. It ranks
+on other images with clean labels, and by one that was trained on the changed labels themselves.
+cleanlab gets the same probabilities: the stored logits at full resolution. It ranks
 images and pixels; its regions are made from its mask of issues as ours are made, the connected
 pixels of one label and one prediction, at least as large. A region is a hit if it has an
 intersection over union of 0.3 with a changed region, or more than half of it lies in one.
@@ -69,8 +70,10 @@ def main() -> None:
     parser.add_argument("--camvid", type=Path, help="folder of CamVid in the SegNet layout")
     parser.add_argument("--camvid-weights", type=Path, help="of configs/camvid-cpu.yaml's teacher")
     parser.add_argument("--synthetic-weights", type=Path, help="of configs/quickstart.yaml's")
-    parser.add_argument("--changed-weights", type=Path, help="of one trained on the changed labels")
+    parser.add_argument("--changed-weights", type=Path, help="of one of the changed scenes")
+    parser.add_argument("--camvid-changed-weights", type=Path, help="of one of the changed CamVid")
     parser.add_argument("--images", type=int, default=200, help="of each data set at most (200)")
+    parser.add_argument("--iterations", type=int, help="of teachers trained here, else as configs/")
     parser.add_argument("--clean-only", action="store_true", help="no teacher of changed labels")
     parser.add_argument("--tune", action="store_true", help="other images; ways of scoring")
     parser.add_argument("--quick", action="store_true", help="a smoke test")
@@ -91,6 +94,8 @@ def main() -> None:
 def run(args: argparse.Namespace, root: Path) -> str:
     """The tables."""
     options = []
+    if args.iterations:
+        options = [f"teacher.training.iterations={args.iterations}"]
     if args.quick:
         options = ["teacher.training.iterations=20", "teacher.training.warmup_iterations=2"]
     count = min(args.images, 12) if args.quick else args.images
@@ -103,13 +108,11 @@ def run(args: argparse.Namespace, root: Path) -> str:
     )
     network = scenes.teacher.network
     jobs = [("Drawn scenes, teacher trained on clean labels", data, network, weights)]
-    if not (args.tune or args.clean_only):
-        same = FaultyData(folder=root / "again")
-        same.folder.symlink_to(data.folder, target_is_directory=True)
-        jobs.append(
-            ("Drawn scenes, teacher trained on the changed labels", same, network,
-             args.changed_weights or trained_on(data, scenes, root / "own"))
-        )  # fmt: skip
+    themselves = not (args.tune or args.clean_only)
+    if themselves:
+        own = args.changed_weights or trained_on(data, scenes, root / "own")
+        title = "Drawn scenes, teacher trained on the changed labels"
+        jobs.append((title, data, network, own))
     if args.camvid:
         config = load_config(
             CONFIGS / "camvid-cpu.yaml",
@@ -120,7 +123,12 @@ def run(args: argparse.Namespace, root: Path) -> str:
         images = build_dataset(CamVidData(root=args.camvid), split)  # type: ignore[arg-type]
         camvid = FaultyData.write(root / "camvid", images, seed=20 + seed, images=count)
         title = f"CamVid {split}, teacher trained on the clean labels of train"
-        jobs.append((title, camvid, config.teacher.network, weights))
+        network = config.teacher.network
+        jobs.append((title, camvid, network, weights))
+        if themselves:
+            own = args.camvid_changed_weights or trained_on(camvid, config, root / "own-camvid")
+            title = f"CamVid {split}, teacher trained on the changed labels"
+            jobs.append((title, camvid, network, own))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)
     lines = [
         f"{datetime.date.today()}, {os.cpu_count()} cores, {os.getloadavg()[0]:.0f} processes "

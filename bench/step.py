@@ -25,8 +25,8 @@ from rdd_pipeline.config import RunConfig, StudentConfig, load_config, without_p
 from rdd_pipeline.data import build_dataset
 from rdd_pipeline.export import WEIGHTS_FILE
 from rdd_pipeline.loader import make_loader
+from rdd_pipeline.machine import resolve_device
 from rdd_pipeline.networks import build_network, load_weights
-from rdd_pipeline.stages import resolve_device
 from rdd_pipeline.student import prepare_student
 from rdd_storage import MapReader, find_store
 

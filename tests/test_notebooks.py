@@ -19,7 +19,8 @@ from PIL import Image
 from rdd_pipeline.config import parse_config
 from rdd_pipeline.inspection import Maps
 from rdd_pipeline.progress import Reporter
-from rdd_pipeline.stages import run_maps, run_teacher, write_results
+from rdd_pipeline.results import write_results
+from rdd_pipeline.stages import run_maps, run_teacher
 from rdd_storage import MapReader
 from tiny import tiny_tree
 
@@ -45,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     maps = run_maps(config, teacher, quiet)
     assert maps.version == 2
     (config.run_dir / "students").mkdir()
-    write_results(config, teacher, maps, [], {})
+    write_results(config, teacher, maps, {}, {})
     return config.run_dir
 
 
@@ -155,6 +156,8 @@ def test_three_students_read_one_store(run: Path, monkeypatch: pytest.MonkeyPatc
     for name, result in results.items():
         assert f"| {name} | 1 | {result['metrics']['miou']:.4f}" in shown.markdown[0]
     assert "three-students/rdd" in shown.html[-1]
+    assert len(shown.pictures) == 1
+    assert len(list((students / "rdd" / "snapshots").iterdir())) == 3
 
 
 def test_plain_xarray_needs_nothing_of_this_project(

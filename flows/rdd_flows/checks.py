@@ -5,7 +5,7 @@ from __future__ import annotations
 from rdd_pipeline.build import asks_for_gpu
 from rdd_pipeline.cluster import open_client
 from rdd_pipeline.config import RunConfig
-from rdd_pipeline.stages import maps_device
+from rdd_pipeline.machine import maps_device
 from rdd_storage.location import locate
 
 _PROBE = ".rdd-check"

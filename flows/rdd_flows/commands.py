@@ -38,9 +38,12 @@ def serve(
     For one machine, without a work pool. Starts a Prefect server if none is configured. Ends with
     Ctrl-C or SIGTERM, and its schedule with it.
     """
+    from rdd_flows.deployments import check_schedule
+
+    schedule = check_schedule(cron, timezone)  # before torch is imported
     from rdd_flows.serve import serve as serve_until_signal
 
-    serve_until_signal(config, overrides or (), cron=cron, timezone=timezone, port=port, say=_say)
+    serve_until_signal(config, overrides or (), schedule=schedule, port=port, say=_say)
 
 
 @flows_app.command("check")

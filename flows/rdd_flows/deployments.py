@@ -6,11 +6,10 @@ from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import yaml
 from prefect.automations import AutomationCore, EventTrigger, Posture
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import DeploymentStatus, StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events.actions import ChangeFlowRunState
@@ -119,11 +118,14 @@ def install_automations() -> str:
     """
     wanted = zombie_automation()
     with get_client(sync_client=True) as client:
-        found = _automation(client, wanted.name)
+        found = next(iter(client.read_automations_by_name(wanted.name)), None)
         if found is None:
             client.create_automation(wanted)
             return f"installed: {wanted.name}"
-        client.update_automation(found, wanted)
+        # A change makes the server forget which runs it waits for.
+        if (found.trigger, found.actions) != (wanted.trigger, wanted.actions):
+            client.update_automation(found.id, wanted.model_copy(update={"enabled": found.enabled}))
+            return f"updated: {wanted.name}"
     return f"up to date: {wanted.name}"
 
 
@@ -158,11 +160,6 @@ def zombie_automation() -> AutomationCore:
             )
         ],
     )
-
-
-def _automation(client: SyncPrefectClient, name: str) -> UUID | None:
-    found = client.read_automations_by_name(name)
-    return found[0].id if found else None
 
 
 def refuse_served(names: list[str]) -> None:

@@ -6,10 +6,10 @@ import errno
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
+from rdd_flows.server import is_away
 from rdd_pipeline.errors import ClusterUnavailableError
 from rdd_storage import RddError, StoreUnavailableError
 
@@ -42,7 +42,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _is_transient(error: BaseException) -> bool:
-    if isinstance(error, StoreUnavailableError | ClusterUnavailableError | httpx.TransportError):
+    if isinstance(error, StoreUnavailableError | ClusterUnavailableError) or is_away(error):
         return True
     if isinstance(error, RddError):
         return False  # what it stands for is decided by its cause

@@ -32,7 +32,6 @@ from rdd_pipeline.many_students import (
     Workers,
     choose_workers,
     one_after_another,
-    outcomes_of,
     side_by_side,
     student_store,
     train_student,
@@ -40,15 +39,10 @@ from rdd_pipeline.many_students import (
 )
 from rdd_pipeline.progress import current_reporter
 from rdd_pipeline.report import write_run_report
-from rdd_pipeline.stages import (
-    Stopwatch,
-    TrainedNetwork,
-    check_data,
-    run_maps,
-    run_teacher,
-    update_students,
-    write_results,
-)
+from rdd_pipeline.results import Stopwatch, update_students, write_results
+from rdd_pipeline.reuse import TrainedNetwork
+from rdd_pipeline.run_images import check_data
+from rdd_pipeline.stages import run_maps, run_teacher
 from rdd_pipeline.student import check_networks
 from rdd_storage import MapReader, UnknownVersionError
 
@@ -109,6 +103,9 @@ def distill(config: RunConfig | str, overrides: list[str] | None = None) -> Path
     Args:
         config: The run, or the path of its YAML file; finished stages of its folder are reused.
         overrides: Changes to the file, as ``key.path=value``.
+
+    Raises:
+        StudentsFailedError: Some students failed; all others are finished, and in the report.
     """
     settings = settings_of(config, overrides)
     with recorded(settings):
@@ -118,13 +115,18 @@ def distill(config: RunConfig | str, overrides: list[str] | None = None) -> Path
         teacher: TrainedNetwork = stopwatch.time("teacher", teacher_task, settings)
         maps: BuildResult = stopwatch.time("maps", maps_task, settings, teacher)
         sources = Sources(store=maps.path, teacher=teacher.weights)
-        students: list[TrainedNetwork] = [
-            stopwatch.time("students", student_task, settings, student, sources)
-            for student in settings.students
-        ]
-        show_comparison(settings, write_comparison(settings, outcomes_of(students)))
-        results = write_results(settings, teacher, maps, students, stopwatch.seconds)
+        outcomes = one_after_another(
+            settings.students,
+            lambda student: stopwatch.time("students", student_task, settings, student, sources),
+            current_reporter(),
+        )
+        comparison = write_comparison(settings, outcomes, sources.store)
+        show_comparison(settings, comparison)
+        finished = {done.student: done.reused for done in outcomes if done.result is not None}
+        results = write_results(settings, teacher, maps, finished, stopwatch.seconds)
         stopwatch.time("report", report_task, results)
+        if len(finished) < len(outcomes):
+            raise StudentsFailedError(outcomes, comparison)
         return results
 
 
@@ -162,7 +164,7 @@ def students_flow(
             )
         else:
             outcomes = students_task(settings, sources, workers)
-        comparison = write_comparison(settings, outcomes)
+        comparison = write_comparison(settings, outcomes, sources.store)
         show_comparison(settings, comparison)
         finished = [outcome for outcome in outcomes if outcome.result is not None]
         write_report_again(settings, {done.student: done.reused for done in finished})

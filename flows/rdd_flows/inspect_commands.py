@@ -1,29 +1,28 @@
-"""The commands that look at map stores: ``rdd maps hardest``, ``quality`` and ``compare``."""
+"""The commands that look at stores: ``rdd maps hardest``, ``quality``, ``compare``, ``student``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from rdd_flows.console import err as _err
-from rdd_flows.console import out as _out
-from rdd_flows.console import say as _say
-
-if TYPE_CHECKING:
-    from rdd_pipeline.inspection import Maps
-
-StorePath = Annotated[str, typer.Argument(metavar="STORE", help="Path or URL of a map store.")]
-Config = Annotated[
-    Path | None,
-    typer.Option("--config", help="Configuration the store was built with: gives the labels."),
-]
-Csv = Annotated[Path | None, typer.Option("--csv", help="Also write the table to this file.")]
-Figure = Annotated[Path | None, typer.Option("--figure", help="Also draw it: .png, .pdf or .svg.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; errors and results only.")]
+from rdd_flows.console import out, say
+from rdd_flows.inspect_options import (
+    Csv,
+    Data,
+    Figure,
+    Images,
+    NeededData,
+    number,
+    over_maps,
+    spread,
+    write_figure,
+    write_table,
+)
+from rdd_flows.options import Quiet, StorePath
 
 
 def hardest(
@@ -41,11 +40,11 @@ def hardest(
         float,
         typer.Option("--threshold", help="Hard are pixels with a true-class probability up to it."),
     ] = 0.7,
-    config: Config = None,
+    data: Data = None,
     overlays: Annotated[
         Path | None,
         typer.Option("--overlays", help="Also write their hardness as PNG to this folder; over "
-                     "the images with --config."),
+                     "the images with --data."),
     ] = None,
     csv: Csv = None,
     quiet: Quiet = False,
@@ -57,37 +56,37 @@ def hardest(
     def rank() -> Any:
         return maps.hardest(count, by, class_name=class_name, easiest=easiest, threshold=threshold)
 
-    maps = Maps(store, config)
-    ranking = _with_progress(maps, rank, len(maps), quiet)
+    maps = Maps(store, data)
+    ranking = over_maps(maps, len(maps), quiet, rank)
     table = Table("image", "pixels", *MEASURES, box=None)
     table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     for image in ranking:
-        figures = (_number(getattr(image, name)) for name in MEASURES)
-        table.add_row(_plain(image.image_id), str(image.pixels), *figures)
-    _say(ranking.title)
-    _out.print(table)
+        figures = (number(getattr(image, name)) for name in MEASURES)
+        table.add_row(escape(image.image_id), str(image.pixels), *figures)
+    say(ranking.title)
+    out.print(table)
     if by in EASY_ABOVE:
-        _say(f"{by}: low is hard")
-    _write_csv(ranking, csv)
+        say(f"{by}: low is hard")
+    write_table(ranking, csv)
     if overlays is not None:
         written = maps.export_overlays(overlays, ranking.image_ids)
-        _say(f"{len(written)} pictures in {overlays}")
+        say(f"{len(written)} pictures in {overlays}")
 
 
 def quality(
     store: StorePath,
-    config: Config = None,
+    data: Data = None,
     errors: Annotated[
         str | None,
         typer.Option("--errors", metavar="STORE", help="Find the errors of this store's teacher; "
-                     "needs --config."),
+                     "needs --data."),
     ] = None,
     student: Annotated[
         Path | None,
         typer.Option("--student", metavar="TRAINED", help="Find the errors of this student; "
-                     "needs --config."),
+                     "needs --data."),
     ] = None,
     hardness: Annotated[
         bool,
@@ -99,9 +98,7 @@ def quality(
         typer.Option("--allow-circular", help="Compute the hardness's figures on its own "
                      "teacher's errors all the same, and mark them."),
     ] = False,
-    images: Annotated[
-        int | None, typer.Option("--images", min=1, help="As many images, spread over the store.")
-    ] = None,
+    images: Images = None,
     resamples: Annotated[
         int, typer.Option("--resamples", min=0, help="For the 95% intervals; 0 makes none.")
     ] = 1000,
@@ -111,7 +108,7 @@ def quality(
 ) -> None:  # fmt: skip
     """Measure how well the maps of a store find wrong pixels, beside simple baselines.
 
-    Discrepancy and confidence need the store alone; the other baselines need --config.
+    Discrepancy and confidence need the store alone; the other baselines need --data.
     """
     from rdd_pipeline.errors import ConfigError
     from rdd_pipeline.inspection import Maps
@@ -125,10 +122,10 @@ def quality(
         predict = load_trained(student).predict
     scores: list[Any] = ["discrepancy", "confidence"]
     scores += ["hardness"] if hardness else []
-    scores += ["predicted_boundary", "label_boundary"] if config is not None else []
+    scores += ["predicted_boundary", "label_boundary"] if data is not None else []
 
-    maps = Maps(store, config)
-    chosen = None if images is None else _spread(maps.image_ids, images)
+    maps = Maps(store, data)
+    chosen = None if images is None else spread(maps.image_ids, images)
 
     def assess() -> Any:
         return maps.quality(
@@ -139,8 +136,8 @@ def quality(
             resamples=resamples,
         )
 
-    report = _with_progress(maps, assess, len(maps if chosen is None else chosen), quiet)
-    _say(f"wrong pixels of {report.errors_of}, {report.images} images")
+    report = over_maps(maps, len(maps if chosen is None else chosen), quiet, assess)
+    say(f"wrong pixels of {report.errors_of}, {report.images} images")
     names = ("auroc", "average_precision", "augrc", "aurc", "e_aurc", "ause")
     for row in report.rows:
         marks = [
@@ -153,17 +150,17 @@ def quality(
             if wanted
         ]
         marked = f" ({', '.join(marks)})" if marks else ""
-        _say(f"\n{row.title}{marked}, {row.count} {row.over}")
+        say(f"\n{row.title}{marked}, {row.count} {row.over}")
         table = Table("", "value", "95% interval", box=None)
         figures = [("error rate", row.figures["error_rate"])]
         figures += [(name.replace("_", " "), row.figures[name]) for name in names]
         figures += [] if row.ece is None else [("ece", row.ece)]
         for name, found in figures:
             low_high = "" if found.low is None else f"{found.low:.4f} to {found.high:.4f}"
-            table.add_row(name, _number(found.value), low_high)
-        _out.print(table)
-    _write_csv(report, csv)
-    _write_figure(report.figure, figure)
+            table.add_row(name, number(found.value), low_high)
+        out.print(table)
+    write_table(report, csv)
+    write_figure(report.figure, figure)
 
 
 def compare(
@@ -173,9 +170,7 @@ def compare(
     quantity: Annotated[
         str, typer.Option("--quantity", help="hardness, discrepancy or confidence.")
     ] = "hardness",
-    images: Annotated[
-        int | None, typer.Option("--images", min=1, help="As many images, spread over the store.")
-    ] = None,
+    images: Images = None,
     csv: Csv = None,
     figure: Figure = None,
     quiet: Quiet = False,
@@ -185,75 +180,83 @@ def compare(
 
     maps, other = Maps(a), Maps(b)
     common = [name for name in maps.image_ids if name in other]
-    chosen = None if images is None else _spread(common, images)
+    chosen = None if images is None else spread(common, images)
 
     def compare_all() -> Any:
         return maps.compare(other, quantity=quantity, images=chosen)  # type: ignore[arg-type]
 
-    comparison = _with_progress(maps, compare_all, len(common if chosen is None else chosen), quiet)
+    comparison = over_maps(maps, len(common if chosen is None else chosen), quiet, compare_all)
     table = Table(show_header=False, box=None)
     table.add_row("images", f"{len(comparison.images)} compared, {comparison.only_a} in A alone, "
                   f"{comparison.only_b} in B alone, {len(comparison.changed_files)} of changed "
                   "files left out")  # fmt: skip
-    table.add_row("Spearman", _number(comparison.spearman))
-    table.add_row("Kendall", _number(comparison.kendall))
-    table.add_row("mean |B - A|", _number(comparison.mean_absolute))
-    table.add_row("mean B - A", _number(comparison.bias))
-    _out.print(table)
+    table.add_row("Spearman", number(comparison.spearman))
+    table.add_row("Kendall", number(comparison.kendall))
+    table.add_row("mean |B - A|", number(comparison.mean_absolute))
+    table.add_row("mean B - A", number(comparison.bias))
+    out.print(table)
     if count:
         changed = Table("changed most", "mean A", "mean B", "mean |B - A|", "Spearman", box=None)
         for image in comparison.images[:count]:
             changed.add_row(
-                _plain(image.image_id),
-                *map(_number, (image.mean_a, image.mean_b, image.mean_absolute, image.spearman)),
+                escape(image.image_id),
+                *map(number, (image.mean_a, image.mean_b, image.mean_absolute, image.spearman)),
             )
         changed.columns[0].overflow = "fold"
-        _out.print(changed)
-    _write_csv(comparison, csv)
-    _write_figure(comparison.figure, figure)
+        out.print(changed)
+    write_table(comparison, csv)
+    write_figure(comparison.figure, figure)
+
+
+def student(
+    store: StorePath,
+    trained: Annotated[
+        Path,
+        typer.Argument(metavar="TRAINED", help="Folder of a finished training: RUN/students/NAME."),
+    ],
+    data: NeededData,
+    images: Annotated[
+        int, typer.Option("--images", min=1, help="As many images, spread over the store.")
+    ] = 16,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    csv: Csv = None,
+    figure: Figure = None,
+    quiet: Quiet = False,
+) -> None:
+    """Follow a student's difficulty against the teacher's over the weights that its training kept.
+
+    training.snapshots says how many it keeps; without any there are two points at most.
+    """
+    from rdd_pipeline.inspection import Maps
+    from rdd_pipeline.machine import resolve_device
+    from rdd_pipeline.training_state import snapshot_folders
+
+    maps = Maps(store, data)
+    on = str(resolve_device(device))
+
+    def follow() -> Any:
+        return maps.student_history(trained, images=images, device=on)
+
+    points = 1 + (len(snapshot_folders(trained)) or 1)
+    history = over_maps(maps, points * min(images, len(maps)), quiet, follow)
+    columns = {
+        "spearman": "Spearman", "student_mean": "student's mean", "teacher_mean": "teacher's mean",
+        "relative": "hard for one alone", "student_alone": "student alone",
+        "teacher_alone": "teacher alone", "both": "both",
+    }  # fmt: skip
+    table = Table("iteration", *columns.values(), box=None)
+    for column in table.columns:
+        column.justify = "right"
+    for row in history.table():
+        iteration = "end" if row["iteration"] is None else str(row["iteration"])
+        table.add_row(iteration, *(number(row[name]) for name in columns))
+    say(f"hardness of {len(history.image_ids)} images for {trained} and for the teacher of {store}")
+    out.print(table)
+    write_table(history, csv)
+    write_figure(history.figure, figure)
 
 
 def register(maps_app: typer.Typer) -> None:
     """Add the commands to ``rdd maps``."""
-    maps_app.command("hardest")(hardest)
-    maps_app.command("quality")(quality)
-    maps_app.command("compare")(compare)
-
-
-def _with_progress(maps: Maps, work: Callable[[], Any], total: int, quiet: bool) -> Any:
-    """Do something that may take a pass over many images of the store."""
-    from rdd_pipeline.progress import Reporter
-
-    with Reporter(_err, quiet=quiet).bar("read maps", total) as bar:
-        maps.progress = bar.advance
-        return work()
-
-
-def _spread(names: Sequence[str], count: int) -> list[str]:
-    """As many names, evenly spaced; all where there are fewer."""
-    count = min(count, len(names))
-    return [names[index * len(names) // count] for index in range(count)]
-
-
-def _write_csv(result: Any, path: Path | None) -> None:
-    from rdd_pipeline.inspection import write_csv
-
-    if path is not None:
-        _say(str(write_csv(result, path)))
-
-
-def _write_figure(draw: Callable[[], Any], path: Path | None) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw().savefig(path)
-        _say(str(path))
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None or value != value else f"{value:.4f}"
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+    for command in (hardest, quality, compare, student):
+        maps_app.command()(command)

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from rdd_flows.console import err as _err
-from rdd_flows.console import out as _out
-from rdd_flows.console import say as _say
+from rdd_flows.console import out, say
+from rdd_flows.inspect_options import Csv, NeededData, with_progress, write_table
+from rdd_flows.options import Quiet, StorePath
 
 if TYPE_CHECKING:
     from rdd_pipeline.inspection import LabelErrors
 
 
 def label_errors(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="Path or URL of a map store.")],
-    data: Annotated[
-        Path,
-        typer.Option("--data", "--config", metavar="CONFIG", help="Configuration the store was "
-                     "built with: gives images and labels."),
-    ],
+    store: StorePath,
+    data: NeededData,
     count: Annotated[int, typer.Option("-n", min=1, help="How many regions.")] = 50,
     class_name: Annotated[
         str | None, typer.Option("--class", help="Only labels of this class.")
@@ -39,9 +35,7 @@ def label_errors(
     min_area: Annotated[
         int, typer.Option("--min-area", min=1, help="Fewest pixels of a region.")
     ] = 20,
-    csv: Annotated[
-        Path | None, typer.Option("--csv", help="Also write the regions to this file.")
-    ] = None,
+    csv: Csv = None,
     coco: Annotated[
         Path | None,
         typer.Option("--coco", help="Also write them as COCO annotations with masks."),
@@ -51,20 +45,20 @@ def label_errors(
         typer.Option("--pictures", metavar="DIR", help="Also draw image, label and suggestion of "
                      "each to this folder."),
     ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress; errors and results only.")
-    ] = False,
+    quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """List regions whose label is probably wrong, with the class that the teacher sees there."""
     from rdd_pipeline.inspection import Maps, find_label_errors
-    from rdd_pipeline.progress import Reporter
 
     maps = Maps(store, data)
-    with Reporter(_err, quiet=quiet).bar("find label errors", len(maps)) as bar:
-        found = find_label_errors(
+
+    def find(advance: Any) -> LabelErrors:
+        return find_label_errors(
             maps, class_name=class_name, max_true_prob=max_true_prob,
-            min_confidence=min_confidence, min_area=min_area, keep=count, progress=bar.advance,
+            min_confidence=min_confidence, min_area=min_area, keep=count, progress=advance,
         )  # fmt: skip
+
+    found: LabelErrors = with_progress("find label errors", len(maps), quiet, find)
     table = Table("", "image", "label", "teacher", "score", "p(label)", "p(teacher)", "pixels",
                   "x, y", box=None)  # fmt: skip
     table.columns[1].overflow = "fold"
@@ -74,22 +68,17 @@ def label_errors(
             f"{error.score:.2f}", f"{error.true_prob:.3f}", f"{error.confidence:.3f}",
             str(error.area), f"{error.centroid[0]:.0f}, {error.centroid[1]:.0f}",
         )  # fmt: skip
-    _say(f"{len(found)} of {found.total} suspicious regions in {found.images} images")
+    say(f"{len(found)} of {found.total} suspicious regions in {found.images} images")
     if len(found):
-        _out.print(table)
+        out.print(table)
     if found.problems:
         name, problem = next(iter(found.problems.items()))
-        _say(f"left out {len(found.problems)} images; the first, {name}: {problem}")
-    _write(found, csv, coco, pictures)
-
-
-def _write(found: LabelErrors, csv: Path | None, coco: Path | None, pictures: Path | None) -> None:
-    if csv is not None:
-        _say(str(found.to_csv(csv)))
+        say(f"left out {len(found.problems)} images; the first, {name}: {problem}")
+    write_table(found, csv)
     if coco is not None:
-        _say(str(found.to_coco(coco)))
+        say(str(found.to_coco(coco)))
     if pictures is not None:
-        _say(f"{len(found.write_pictures(pictures))} pictures in {pictures}")
+        say(f"{len(found.write_pictures(pictures))} pictures in {pictures}")
 
 
 def register(maps_app: typer.Typer) -> None:

@@ -21,7 +21,7 @@ from rdd_pipeline.build import BuildResult
 from rdd_pipeline.config import RunConfig
 from rdd_pipeline.files import read_json, write_json
 from rdd_pipeline.progress import current_reporter
-from rdd_pipeline.stages import check_data
+from rdd_pipeline.run_images import check_data
 from rdd_storage import find_stores
 
 logger = logging.getLogger("rdd.flows")

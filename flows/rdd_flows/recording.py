@@ -20,7 +20,7 @@ from rdd_flows.environment import log_to_file, stop_logging_to_file
 from rdd_pipeline.config import RunConfig, load_config, parse_config
 from rdd_pipeline.errors import ConfigError
 from rdd_pipeline.progress import current_reporter
-from rdd_pipeline.stages import forget_digests
+from rdd_pipeline.run_images import forget_digests
 
 logger = logging.getLogger("rdd.flows")
 

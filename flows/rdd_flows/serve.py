@@ -20,17 +20,13 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import RunnerDeployment
 from prefect.runner import Runner
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.types.entrypoint import EntrypointType
 
-from rdd_flows.deployments import (
-    check_schedule,
-    install_automations,
-    refuse_served,
-    students_trigger,
-)
+from rdd_flows.deployments import install_automations, refuse_served, students_trigger
 from rdd_flows.flows import students_flow
 from rdd_flows.nightly import nightly
 from rdd_flows.server import ServerError, require_server, server_url
@@ -46,8 +42,7 @@ def serve(
     config: Path,
     overrides: Sequence[str],
     *,
-    cron: str,
-    timezone: str,
+    schedule: CronSchedule,
     port: int,
     say: Callable[[str], object],
 ) -> None:
@@ -59,18 +54,15 @@ def serve(
     Args:
         config: YAML file; it is read anew by each run.
         overrides: ``key.path=value``.
-        cron: When ``nightly`` runs.
-        timezone: The time zone of ``cron``.
+        schedule: When ``nightly`` runs.
         port: Port of the server and its page, if none is configured.
         say: Called with what people should know.
 
     Raises:
-        ConfigError: Configuration, schedule or time zone are wrong, or another process serves this
-            run already.
+        ConfigError: The configuration is wrong, or another process serves this run already.
         ServerError: The server does not answer or does not start.
     """
     settings = load_config(config, overrides)
-    schedule = check_schedule(cron, timezone)
     with _server(port, say) as url:
         require_server()
         names = [f"{nightly.name}/{settings.name}", f"{students_flow.name}/{settings.name}"]
@@ -100,7 +92,8 @@ def serve(
             ),
         ]
         say(install_automations())
-        asyncio.run(_serve(deployments, names, f"{cron} {timezone}", url, say))
+        when = f"{schedule.cron} {schedule.timezone}"
+        asyncio.run(_serve(deployments, names, when, url, say))
 
 
 async def _serve(

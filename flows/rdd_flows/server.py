@@ -34,13 +34,20 @@ def require_server() -> None:
     remedy = "start it with 'prefect server start', or unset PREFECT_API_URL to do without"
     try:
         # Prefect's own retries would hold this up for a minute.
-        answer = httpx.get(f"{url.rstrip('/')}/health", timeout=_SECONDS, follow_redirects=True)
+        answer = _ask(url, "health")
         answer.raise_for_status()
+        # Prefect Cloud has no such page.
+        has_database = _ask(url, "ready").status_code != httpx.codes.SERVICE_UNAVAILABLE
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerError(
             f"PREFECT_API_URL: no Prefect server answers at {url} ({error or type(error).__name__})"
             f"; {remedy}"
         ) from error
+    if not has_database:
+        raise ServerError(
+            f"PREFECT_API_URL: the server at {url} does not reach its database; start that "
+            "(in a stack: 'rdd stack up'), or unset PREFECT_API_URL to do without"
+        )
     try:
         with get_client(sync_client=True) as client:
             client.api_version()
@@ -59,10 +66,22 @@ def require_server() -> None:
         ) from error
 
 
+def _ask(url: str, page: str) -> httpx.Response:
+    return httpx.get(f"{url.rstrip('/')}/{page}", timeout=_SECONDS, follow_redirects=True)
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether an error says that a server cannot be reached, or cannot answer (its database is
+    away, say)."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.is_server_error
+    return isinstance(error, httpx.TransportError)
+
+
 def lost_server(error: Exception) -> ServerError | None:
     """The error to tell when a flow ended because the server went away; None where it did not."""
     url = server_url()
-    if url is None or not isinstance(error, httpx.TransportError):
+    if url is None or not is_away(error):
         return None
     return ServerError(
         f"the Prefect server at {url} was lost ({error or type(error).__name__}), so that it does "

@@ -8,6 +8,7 @@ grows with the number of images, and an end that leaves nothing half done.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import os
 import queue
@@ -78,7 +79,7 @@ def open_client(
             _local_cluster(cluster, workers, threads) as local,
             Client(local, set_as_default=False) as client,
         ):
-            client.register_plugin(_IgnoreInterrupt())
+            client.register_plugin(_LocalWorker())
             client.subscribe_topic(_TOPIC, lambda event: logger.warning("%s", event[1]))
             _require_gpus(client, cluster, gpus_each)
             logger.info("dask dashboard: %s", client.dashboard_link)
@@ -154,13 +155,21 @@ def _gpu_cluster(gpus: list[str], threads: int) -> SpecCluster:
     )
 
 
-class _IgnoreInterrupt(WorkerPlugin):
-    """Ctrl-C reaches all processes of a terminal; the workers end when the main process says so."""
+class _LocalWorker(WorkerPlugin):
+    """How a worker process of this machine ends: when the main process says so, and at once.
+
+    Ctrl-C reaches all processes of a terminal, and the SIGTERM by which Prefect's worker cancels a
+    flow all of its process group; what is under way may end nevertheless. A worker whose main
+    process was killed ends by itself.
+    """
 
     def setup(self, worker: Worker) -> None:
         """Called by Dask on each worker."""
+        # Taking torch's modules apart lasts seconds on a busy machine; Dask kills it after four.
+        atexit.register(os._exit, 0)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
 
 
 def _connect(address: str) -> Client:

@@ -31,6 +31,17 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path | None:
+    """Where things are kept that can be made anew: ``$RDD_CACHE``, else ``rdd-maps`` in
+    ``$XDG_CACHE_HOME`` or ``~/.cache``; None where the user has no home."""
+    try:
+        if root := os.environ.get("RDD_CACHE"):
+            return Path(root).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rdd-maps"
+    except RuntimeError:
+        return None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, readable and with sorted keys."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"

@@ -37,15 +37,12 @@ from rdd_pipeline.config import RunConfig, StudentConfig
 from rdd_pipeline.data import build_dataset
 from rdd_pipeline.errors import ClusterError, ClusterUnavailableError, ConfigError
 from rdd_pipeline.files import write_atomically, write_json
+from rdd_pipeline.machine import machine, now, resolve_device
 from rdd_pipeline.progress import Reporter
-from rdd_pipeline.stages import (
-    TrainedNetwork,
-    forget_digests,
-    machine,
-    now,
-    resolve_device,
-    run_student,
-)
+from rdd_pipeline.results import data_facts
+from rdd_pipeline.reuse import TrainedNetwork
+from rdd_pipeline.run_images import forget_digests
+from rdd_pipeline.stages import run_student
 from rdd_storage import RddError, StoreMismatchError, StoreNotFoundError, find_store
 
 logger = logging.getLogger("rdd.students")
@@ -242,9 +239,23 @@ def side_by_side(
     return [outcomes[student.name] for student in config.students]
 
 
-def write_comparison(config: RunConfig, outcomes: Sequence[Outcome]) -> Path:
-    """Write ``students.json`` and ``students.md`` into the run's folder; returns the first."""
-    tree = comparison_tree(config, outcomes) | {"finished": now(), "machine": machine()}
+def write_comparison(
+    config: RunConfig, outcomes: Sequence[Outcome], store: str | None = None
+) -> Path:
+    """Write ``students.json`` and ``students.md`` into the run's folder; returns the first.
+
+    Args:
+        config: The run.
+        outcomes: How its students ended.
+        store: Path or URL of the map store that they were given, for the report.
+    """
+    tree = comparison_tree(config, outcomes) | {
+        "finished": now(),
+        "machine": machine(),
+        "config": config.model_dump(mode="json"),
+        "data": data_facts(config.data),
+        "store": store,
+    }
     path = config.run_dir / COMPARISON_FILE
     write_json(path, tree)
     text = markdown(tree)

@@ -16,7 +16,7 @@ import torch
 from rdd_pipeline.build import build_maps
 from rdd_pipeline.config import RunConfig, TrainingConfig, without_pretrained
 from rdd_pipeline.data import JSON, Sample, SegmentationDataset, build_dataset
-from rdd_pipeline.data.base import Examined
+from rdd_pipeline.data.base import Examined, in_threads
 from rdd_pipeline.errors import ConfigError
 from rdd_pipeline.networks import SegmentationNetwork, build_network, save_weights
 from rdd_pipeline.progress import Reporter
@@ -159,7 +159,9 @@ def _shard_bytes(
     config: RunConfig, dataset: SegmentationDataset, network: SegmentationNetwork
 ) -> int:
     """Maps of the largest shard there can be, in memory: codes, half-precision fields."""
-    height, width = max((dataset.size(i) for i in range(len(dataset))), key=math.prod)
+    height, width = max(
+        in_threads(dataset.size, len(dataset), None, dataset.over_network), key=math.prod
+    )
     points = math.prod(network.grid_size(height, width))
     pixel_maps = 3 + bool(config.maps.stores_aux_hardness)
     point_values = 1 + (dataset.num_classes if config.maps.soft_labels else 0)

@@ -1,4 +1,4 @@
-"""The stages of a run as plain functions: teacher, maps, students, results.
+"""The stages of a run as plain functions: teacher, maps, students.
 
 Each stage leaves a ``result.json`` beside what it made, written last, with the settings that
 decided it. A stage whose settings are unchanged is reused; one whose settings changed is done
@@ -8,29 +8,18 @@ anew and its earlier folder is kept under another name.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import functools
 import hashlib
-import importlib.metadata
-import itertools
-import os
-import platform
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 
 from rdd_pipeline.build import BuildResult, build_maps
 from rdd_pipeline.config import (
-    DataConfig,
     EvaluationConfig,
     NetworkConfig,
     RunConfig,
@@ -38,17 +27,12 @@ from rdd_pipeline.config import (
     TrainingConfig,
     without_pretrained,
 )
-from rdd_pipeline.data import (
-    SegmentationDataset,
-    build_dataset,
-    check_dataset,
-    dataset_digests,
-    from_pack,
-)
+from rdd_pipeline.data import SegmentationDataset
 from rdd_pipeline.errors import ConfigError
 from rdd_pipeline.evaluate import Metrics, evaluate
 from rdd_pipeline.export import WEIGHTS_FILE, describe_network
 from rdd_pipeline.files import read_json, write_json
+from rdd_pipeline.machine import maps_device, resolve_device
 from rdd_pipeline.methods import taps_of
 from rdd_pipeline.networks import (
     SegmentationNetwork,
@@ -65,70 +49,25 @@ from rdd_pipeline.processes import (
     is_main_process,
     join_processes,
     main_process_first,
-    peak_memory_bytes,
     rank,
     wait_for_everyone,
     world_size,
 )
 from rdd_pipeline.progress import Reporter
+from rdd_pipeline.reuse import (
+    RESULT_FILE,
+    TrainedNetwork,
+    decisive_settings,
+    finish_stage,
+    reuse_result,
+)
+from rdd_pipeline.run_images import image_digests, images_digest, open_split, packed_split
 from rdd_pipeline.stream import mapped_images, require_arrays
 from rdd_pipeline.student import PreparedStudent, prepare_student
 from rdd_pipeline.teacher_views import discrepancy_definition
 from rdd_pipeline.trainer import TrainingResult, train
-from rdd_pipeline.training_state import BEST_FOLDER
-from rdd_storage import (
-    MapReader,
-    StoreMismatchError,
-    StoreWriteError,
-    identity_difference,
-    record_use,
-)
-
-RESULT_FILE = "result.json"
-RESULTS_FILE = "results.json"
-
-# Settings that change how a training is watched or loaded, but not its outcome.
-_NOT_DECISIVE = {
-    *("workers", "checkpoint_every", "log_every"),
-    *("evaluate_every", "evaluation", "keep_best", "overlays"),
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainedNetwork:
-    """A trained (or loaded) network on disk."""
-
-    name: str
-    weights: Path
-    reused: bool
-    """Whether an earlier run's result was taken."""
-    result: dict[str, Any]
-    """Metrics, timings and curves; see :class:`rdd_pipeline.trainer.TrainingResult`."""
-
-
-def resolve_device(device: str) -> torch.device:
-    """The torch device that ``device: auto|cpu|cuda`` means here.
-
-    Raises:
-        ConfigError: ``cuda`` is asked for but torch sees no GPU.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda was asked for, but torch sees no GPU; use device: auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
-
-
-def check_data(config: RunConfig, reporter: Reporter) -> None:
-    """Check both splits before anything long starts.
-
-    Raises:
-        DataError: With every problem found in either split.
-    """
-    for split in ("train", "val"):
-        dataset = build_dataset(config.data, split)
-        with reporter.bar(f"check {split}", len(dataset)) as bar:
-            check_dataset(dataset, progress=bar.advance)
+from rdd_pipeline.training_state import BEST_FOLDER, snapshot_folders
+from rdd_storage import MapReader, RddError, StoreMismatchError, StoreWriteError, record_use
 
 
 def run_teacher(config: RunConfig, reporter: Reporter, *, keep: bool = False) -> TrainedNetwork:
@@ -141,7 +80,7 @@ def run_teacher(config: RunConfig, reporter: Reporter, *, keep: bool = False) ->
     """
     join_processes(resolve_device(config.device))
     directory = config.run_dir / "teacher"
-    train_set, val_set = build_dataset(config.data, "train"), build_dataset(config.data, "val")
+    train_set, val_set = open_split(config.data, "train"), open_split(config.data, "val")
     teacher = config.teacher
     settings: dict[str, Any] = {
         "network": teacher.network.model_dump(mode="json"),
@@ -149,7 +88,7 @@ def run_teacher(config: RunConfig, reporter: Reporter, *, keep: bool = False) ->
         "seed": config.seed,
     }
     if teacher.training is not None:
-        settings["training"] = _decisive(teacher.training)
+        settings["training"] = decisive_settings(teacher.training)
         settings["images"] = (keep and _trained_on(directory)) or images_digest(config.data)
         settings |= {"heads_only": True} if teacher.heads_only else {}
     if teacher.checkpoint is not None:
@@ -163,11 +102,11 @@ def run_teacher(config: RunConfig, reporter: Reporter, *, keep: bool = False) ->
         settings["weights"] = weights_hash(network)
     evaluation = EvaluationConfig() if teacher.training is None else teacher.training.evaluation
     with main_process_first():
-        reused = _reuse(directory, settings, "teacher", reporter)
+        reused = reuse_result(directory, settings, "teacher", reporter)
     if reused is not None:
         return _evaluated_as_asked(config, reused, teacher.network, evaluation, val_set, reporter)
 
-    val_set = _from_pack(config, val_set, "val", reporter)
+    val_set = packed_split(config, val_set, "val", reporter)
     if teacher.training is None:
         network = network or _ready_teacher(config, train_set.num_classes, reporter)
         metrics = _evaluate(
@@ -190,7 +129,7 @@ def run_teacher(config: RunConfig, reporter: Reporter, *, keep: bool = False) ->
             StudentConfig(
                 name="teacher", method=("supervised",), network=teacher.network, training=training
             ),
-            _from_pack(config, train_set, "train", reporter),
+            packed_split(config, train_set, "train", reporter),
             reader=None,
             teacher=None,
             start=start,
@@ -208,7 +147,7 @@ def run_teacher(config: RunConfig, reporter: Reporter, *, keep: bool = False) ->
         )
         result = dataclasses.asdict(outcome)
     _describe(directory, teacher.network, train_set)
-    return _finish(directory, settings, result, "teacher")
+    return finish_stage(directory, settings, result, "teacher")
 
 
 def _trained_on(directory: Path) -> str | None:
@@ -245,7 +184,7 @@ def _ready_teacher(config: RunConfig, num_classes: int, reporter: Reporter) -> S
 
 def ready_teacher(config: RunConfig, reporter: Reporter) -> SegmentationNetwork | None:
     """The teacher with its final weights, if that needs no training; None if it does."""
-    num_classes = build_dataset(config.data, "train").num_classes
+    num_classes = open_split(config.data, "train").num_classes
     directory = config.run_dir / "teacher"
     if (directory / RESULT_FILE).exists():
         network = build_network(without_pretrained(config.teacher.network), num_classes)
@@ -271,7 +210,7 @@ def run_maps(
         guard: What to hold while the store is built, see :func:`rdd_pipeline.build.build_maps`.
     """
     return build_maps(
-        build_dataset(config.data, "train"),
+        open_split(config.data, "train"),
         config.teacher.network,
         teacher.weights,
         maps=config.maps,
@@ -282,15 +221,6 @@ def run_maps(
         cluster=config.cluster,
         guard=guard,
     )
-
-
-def maps_device(config: RunConfig) -> str:
-    """Device of the teacher pass; at a cluster elsewhere each worker says what ``auto`` is."""
-    if config.cluster.gpus:
-        return "cuda"
-    if config.cluster.address is not None:
-        return config.device
-    return str(resolve_device(config.device))
 
 
 def run_student(
@@ -316,7 +246,7 @@ def run_student(
     """
     join_processes(resolve_device(config.device))
     directory = config.run_dir / "students" / student.name
-    train_set, val_set = build_dataset(config.data, "train"), build_dataset(config.data, "val")
+    train_set, val_set = open_split(config.data, "train"), open_split(config.data, "val")
     training = config.student_training(student)
     network_config = config.student_network(student)
     seed = config.student_seed(student)
@@ -344,7 +274,7 @@ def run_student(
             _require_same_teacher(reader, live_weights)
     settings = {
         "network": network_config.model_dump(mode="json"),
-        "training": _decisive(training),
+        "training": decisive_settings(training),
         "seed": seed,
         "method": list(student.method),
         "methods": {
@@ -367,8 +297,13 @@ def run_student(
         left_out = len(train_set) - trained
         settings |= {"trained_images": trained} if left_out else {}
     with main_process_first():
-        reused = _reuse(directory, settings, f"student {student.name}", reporter)
+        reused = reuse_result(directory, settings, f"student {student.name}", reporter)
     if reused is not None:
+        if training.snapshots and not snapshot_folders(directory):
+            reporter.say(
+                f"{student.name}: was trained without training.snapshots; they take effect when it "
+                f"is trained anew, which deleting {directory} brings about"
+            )
         return _evaluated_as_asked(
             config, reused, network_config, training.evaluation, val_set, reporter
         )
@@ -387,8 +322,8 @@ def run_student(
         )
     if live is not None:
         reporter.say(f"{student.name}: {'+'.join(student.method)} runs the teacher on every crop")
-    train_set = _from_pack(config, train_set, "train", reporter)
-    val_set = _from_pack(config, val_set, "val", reporter)
+    train_set = packed_split(config, train_set, "train", reporter)
+    val_set = packed_split(config, val_set, "val", reporter)
     prepared = prepare_student(
         config,
         student,
@@ -409,7 +344,37 @@ def run_student(
         _in_words(network_config),
     )
     _describe(directory, network_config, train_set)
-    return _finish(directory, settings, dataclasses.asdict(outcome), student.name)
+    result = dataclasses.asdict(outcome)
+    if training.snapshots and store is not None and is_main_process():
+        result["difficulty_history"] = _difficulty_history(
+            config, student, directory, store, train_set, reporter
+        )
+    return finish_stage(directory, settings, result, student.name)
+
+
+def _difficulty_history(
+    config: RunConfig,
+    student: StudentConfig,
+    directory: Path,
+    store: str,
+    dataset: SegmentationDataset,
+    reporter: Reporter,
+) -> list[dict[str, Any]]:
+    """The student's difficulty against the teacher's at its snapshots and at the end, as JSON."""
+    from rdd_pipeline.inspection import Maps  # trainings without snapshots start sooner
+
+    try:
+        maps = Maps(store, dataset)
+        history = maps.student_history(directory, device=str(resolve_device(config.device)))
+    except RddError as error:  # the student is trained all the same
+        reporter.warn(f"{student.name}: its difficulty over time cannot be told: {error}")
+        return []
+    end = config.student_training(student).iterations
+    return [
+        {name: None if value != value else value for name, value in row.items()}
+        | {"iteration": end if row["iteration"] is None else row["iteration"]}
+        for row in history.table()
+    ]
 
 
 def _require_same_teacher(reader: MapReader, loaded: str) -> None:
@@ -527,63 +492,12 @@ def _in_words(network: NetworkConfig) -> str:
 
 
 def _describe(directory: Path, network: NetworkConfig, dataset: SegmentationDataset) -> None:
-    """Make the folders of last and best weights loadable."""
+    """Make the folders of last, best and earlier weights loadable."""
     if is_main_process():
         describe_network(directory, network, dataset)
-        if (directory / BEST_FOLDER).is_dir():
-            describe_network(directory / BEST_FOLDER, network, dataset)
-
-
-def _decisive(training: TrainingConfig) -> dict[str, Any]:
-    # At their defaults, which are what was done before there were these settings, they go unsaid:
-    # earlier results stay valid.
-    unsaid = {"jitter"} if training.jitter is None else set()
-    if training.shuffle == "images":
-        unsaid |= {"shuffle", "shuffle_buffer"}
-    defaults = TrainingConfig.model_fields
-    unsaid |= {
-        key
-        for key in ("accumulate", "channels_last", "compile", "ema")
-        if getattr(training, key) == defaults[key].default
-    }
-    return training.model_dump(mode="json", exclude=_NOT_DECISIVE | unsaid)
-
-
-@functools.lru_cache(maxsize=8)
-def _cached_digests(data_json: str, split: Literal["train", "val"]) -> tuple[str, ...]:
-    config: DataConfig = TypeAdapter(DataConfig).validate_json(data_json)
-    return dataset_digests(build_dataset(config, split))
-
-
-def image_digests(data: DataConfig, split: Literal["train", "val"] = "train") -> tuple[str, ...]:
-    """Digests of a split's images and labels, read once per process: a run takes its data as
-    they were at its start."""
-    return _cached_digests(data.model_dump_json(), split)
-
-
-def _from_pack(
-    config: RunConfig,
-    dataset: SegmentationDataset,
-    split: Literal["train", "val"],
-    reporter: Reporter,
-) -> SegmentationDataset:
-    """A split that is about to be read many times, from its pack as far as that fits."""
-    return from_pack(
-        dataset,
-        config.data,
-        digests=lambda: image_digests(config.data, split),
-        say=reporter.say,
-    )
-
-
-def forget_digests() -> None:
-    """Read files anew at the next question for their digests, as a later run would."""
-    _cached_digests.cache_clear()
-
-
-def images_digest(data: DataConfig) -> str:
-    """One digest over the content of all training images and labels (hex)."""
-    return hashlib.sha256("\n".join(image_digests(data)).encode()).hexdigest()
+        others = [directory / BEST_FOLDER, *snapshot_folders(directory)]
+        for folder in (other for other in others if other.is_dir()):
+            describe_network(folder, network, dataset)
 
 
 def _checkpoint_digest(path: Path) -> str:
@@ -600,179 +514,3 @@ def _checkpoint_digest(path: Path) -> str:
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def _reuse(
-    directory: Path, settings: dict[str, Any], name: str, reporter: Reporter
-) -> TrainedNetwork | None:
-    """The finished result in ``directory`` if it has these settings.
-
-    A folder begun with other settings is set aside under a free name, never overwritten.
-    """
-    settings_file = directory / "settings.json"
-    result_file = directory / RESULT_FILE
-    if settings_file.exists():
-        found = read_json(settings_file)
-        if found == settings:
-            if result_file.exists():
-                result = read_json(result_file)
-                reporter.say(
-                    f"{name}: reused from {directory} (mIoU {result['metrics']['miou']:.4f})"
-                )
-                return TrainedNetwork(
-                    name=directory.name,
-                    weights=directory / WEIGHTS_FILE,
-                    reused=True,
-                    result=result,
-                )
-            return None
-        # What was trained from an earlier version of the store is found by that version.
-        version = found.get("store_version")
-        aside = _set_aside(directory, None if version == settings.get("store_version") else version)
-        difference = "; ".join(identity_difference(settings, found)[:5])
-        reporter.say(f"{name}: settings changed ({difference}); earlier result kept in {aside}")
-    write_json(settings_file, settings)
-    return None
-
-
-def _set_aside(directory: Path, version: int | None) -> Path:
-    """Rename a folder to a free name: ``.previous/NAME@vVERSION``, or ``.previous/NAME-NUMBER``."""
-    previous = directory.parent / ".previous"
-    previous.mkdir(exist_ok=True)
-    names = [] if version is None else [f"{directory.name}@v{version}"]
-    numbered = (f"{directory.name}-{number}" for number in itertools.count(1))
-    free = (previous / name for name in itertools.chain(names, numbered))
-    aside = next(path for path in free if not path.exists())
-    directory.rename(aside)
-    return aside
-
-
-def _finish(
-    directory: Path, settings: dict[str, Any], result: dict[str, Any], name: str
-) -> TrainedNetwork:
-    result = result | {"finished": now(), "settings": settings}
-    if is_main_process():
-        write_json(directory / RESULT_FILE, result)
-    wait_for_everyone()
-    return TrainedNetwork(name=name, weights=directory / WEIGHTS_FILE, reused=False, result=result)
-
-
-def write_results(
-    config: RunConfig,
-    teacher: TrainedNetwork,
-    maps: BuildResult,
-    students: Sequence[TrainedNetwork],
-    seconds: dict[str, float],
-) -> Path:
-    """Write ``results.json``: this run's stages, and every finished student of its folder.
-
-    Students trained earlier from the same data are listed too, marked ``in_this_run: false``.
-    """
-    train_set = build_dataset(config.data, "train")
-    named = {student.name: student.reused for student in students}
-    path = config.run_dir / RESULTS_FILE
-    write_json(
-        path,
-        {
-            "name": config.name,
-            "finished": now(),
-            "machine": machine(),
-            "config": config.model_dump(mode="json"),
-            "data": {
-                "name": train_set.name,
-                "class_names": list(train_set.class_names),
-                "train_images": len(train_set),
-                "val_images": len(build_dataset(config.data, "val")),
-            },
-            "teacher": teacher.result | {"reused": teacher.reused},
-            "maps": dataclasses.asdict(maps),
-            "students": _student_rows(config, maps.fingerprint, named),
-            "seconds": seconds,
-            "peak_memory_bytes": peak_memory_bytes(),
-        },
-    )
-    return path
-
-
-def update_students(config: RunConfig, named: Mapping[str, bool]) -> Path | None:
-    """List students that were trained since in ``results.json``; None where no run made one.
-
-    Args:
-        config: The run.
-        named: Students of this command, and whether an earlier one had finished them.
-    """
-    path = config.run_dir / RESULTS_FILE
-    if not path.exists():
-        return None
-    results = read_json(path)
-    rows = _student_rows(config, results["maps"]["fingerprint"], named)
-    write_json(path, results | {"students": rows})
-    return path
-
-
-def _student_rows(config: RunConfig, store: str, named: Mapping[str, bool]) -> list[dict[str, Any]]:
-    """The finished students of a run's folder, those of this command first."""
-    folder = config.run_dir / "students"
-    rows = []
-    for name in [*named, *sorted(p.name for p in folder.iterdir() if p.name not in named)]:
-        file = folder / name / RESULT_FILE
-        if name.startswith(".") or not file.exists():
-            continue
-        entry = read_json(file)
-        if entry["settings"]["images"] != images_digest(config.data):
-            continue
-        if entry["settings"]["store"] not in (None, store):
-            continue
-        rows.append(
-            entry
-            | {
-                "name": name,
-                "method": entry["settings"]["method"],
-                "label": _method_label(entry["settings"]),
-                "in_this_run": name in named,
-                "reused": name not in named or named[name],
-            }
-        )
-    return rows
-
-
-def _method_label(settings: dict[str, Any]) -> str:
-    """The methods of a student as tables show them."""
-    teacher = settings["teacher"]
-    online = teacher is not None and teacher["signals"] == "online"
-    return "+".join(settings["method"]) + (", online" if online else "")
-
-
-def machine() -> dict[str, Any]:
-    """What a result was measured on: processor, device, versions."""
-    packages = ("rdd-maps", "torch", "torchvision", "segmentation-models-pytorch", "zarr",
-                "tensorstore", "prefect", "distributed", "numpy")  # fmt: skip
-    return {
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def now() -> str:
-    """The time as results hold it."""
-    return datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds")
-
-
-class Stopwatch:
-    """Seconds of named stages."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def time(self, name: str, function: Any, *args: Any) -> Any:
-        """Call ``function(*args)`` and add its wall time to ``name``."""
-        started = time.perf_counter()
-        try:
-            return function(*args)
-        finally:
-            elapsed = time.perf_counter() - started
-            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed

@@ -11,32 +11,24 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from numpy.typing import NDArray
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rdd_pipeline.config import TrainingConfig
-from rdd_pipeline.errors import CheckpointError, ConfigError
 from rdd_pipeline.evaluate import Metrics
 from rdd_pipeline.features import TappedStudent
 from rdd_pipeline.loader import make_loader
 from rdd_pipeline.losses import LossOutput, NetworkOutputs, TeacherSignals
-from rdd_pipeline.networks import (
-    SegmentationNetwork,
-    parameter_count,
-    parameter_groups,
-    save_weights,
-)
+from rdd_pipeline.networks import SegmentationNetwork, parameter_count, save_weights
 from rdd_pipeline.nonfinite import LossWatch
 from rdd_pipeline.prefetch import Batch, DevicePrefetcher
 from rdd_pipeline.processes import peak_memory_bytes
@@ -44,7 +36,8 @@ from rdd_pipeline.progress import Reporter
 from rdd_pipeline.stopping import StopSignals
 from rdd_pipeline.stream import MapStream
 from rdd_pipeline.training_log import Averages, Pace, TrainingLog, note
-from rdd_pipeline.training_state import Checkpoints, TrainingState, note_best, save_best
+from rdd_pipeline.training_setup import TrainingParts, open_accelerator, prepare_training
+from rdd_pipeline.training_state import Checkpoints, Snapshots, TrainingState, note_best, save_best
 
 NONFINITE_FOLDER = "nonfinite"
 
@@ -106,18 +99,6 @@ class TrainingResult:
     """Iteration and mIoU of each evaluation."""
 
 
-def poly_schedule(config: TrainingConfig) -> Callable[[int], float]:
-    """Factor on the learning rate: linear warm-up, then ``(1 - t / T) ** power``."""
-
-    def factor(iteration: int) -> float:
-        if iteration < config.warmup_iterations:
-            return (iteration + 1) / config.warmup_iterations
-        done = min(iteration / config.iterations, 1.0)
-        return float((1.0 - done) ** config.poly_power)
-
-    return factor
-
-
 def train(
     student: SegmentationNetwork | TappedStudent,
     loss: Loss,
@@ -140,9 +121,9 @@ def train(
     that is a module with state (a memory of earlier batches) is resumed as well.
 
     Writes ``checkpoints/<iteration>`` (weights as safetensors and the whole training state),
-    ``tensorboard/``, ``best/`` where there are evaluations on the way and, at the end,
-    ``weights.safetensors``. With several processes each of them calls this function; the main one
-    writes.
+    ``tensorboard/``, ``best/`` where there are evaluations on the way, ``snapshots/<iteration>``
+    where they are asked for and, at the end, ``weights.safetensors``. With several processes each
+    of them calls this function; the main one writes.
 
     SIGTERM and SIGINT in the main thread take effect after the optimiser step under way, when a
     checkpoint of it has been written. During an evaluation, before which a checkpoint is written
@@ -169,19 +150,22 @@ def train(
         CheckpointError: The checkpoint does not fit this network.
         ConfigError: The network cannot be compiled here.
     """
-    with _accelerator(config, device) as accelerator, StopSignals() as stop:
+    with open_accelerator(config, device) as accelerator, StopSignals() as stop:
         if not accelerator.is_main_process:
             reporter = Reporter(quiet=True)
         set_seed(seed)
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(accelerator.device)
-        parts = _prepare(accelerator, student, loss, config, reporter, name)
+        parts = prepare_training(accelerator, student, loss, config, reporter, name)
         checkpoints = Checkpoints(
             directory / "checkpoints", accelerator, network or type(parts.network).__name__
         )
         state = checkpoints.load(parts.model) or TrainingState()
         if state.iteration:
             reporter.say(f"{name}: resumes at iteration {state.iteration} of {config.iterations}")
+        snapshots = Snapshots(directory, config.snapshots, config.iterations)
+        if accelerator.is_main_process:
+            snapshots.drop_after(state.iteration)
         events = directory / "tensorboard" if accelerator.is_main_process else None
         with contextlib.closing(TrainingLog(events, state.iteration)) as log:
             training = _Training(
@@ -198,6 +182,7 @@ def train(
                 reporter=reporter,
                 name=name,
                 checkpoints=checkpoints,
+                snapshots=snapshots,
                 state=state,
                 log=log,
                 stop=stop,
@@ -209,134 +194,12 @@ def train(
         return _result(accelerator, config, state, metrics, parts)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Parts:
-    """A network and what changes it, ready on the device."""
-
-    model: torch.nn.Module
-    """What is trained: the network, with what distributes it and takes its features."""
-    forward: Callable[[torch.Tensor], NetworkOutputs]
-    """The model, compiled or not."""
-    network: SegmentationNetwork
-    """The network itself."""
-    ema: AveragedModel | None
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LambdaLR
-
-    @property
-    def evaluated(self) -> SegmentationNetwork:
-        """The network that is evaluated and saved."""
-        if self.ema is None:
-            return self.network
-        return cast(SegmentationNetwork, self.ema.module)
-
-
-def _prepare(
-    accelerator: Accelerator,
-    student: SegmentationNetwork | TappedStudent,
-    loss: Loss,
-    config: TrainingConfig,
-    reporter: Reporter,
-    name: str,
-) -> _Parts:
-    if config.channels_last:
-        # Named: torch's stubs know no keyword for modules.
-        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(
-        _parameter_groups(student, config),
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, poly_schedule(config))
-    plain = student.network if isinstance(student, TappedStudent) else student
-    ema = None
-    if config.ema is not None:
-        ema = AveragedModel(
-            plain,
-            device=accelerator.device,
-            multi_avg_fn=get_ema_multi_avg_fn(config.ema),
-            use_buffers=True,
-        )
-    if accelerator.num_processes > 1:
-        student = _synchronised(student, accelerator, reporter, name)
-    model, optimizer = accelerator.prepare(student, optimizer)
-    accelerator.register_for_checkpointing(scheduler)
-    if isinstance(loss, torch.nn.Module):
-        loss.to(accelerator.device)
-        if loss.state_dict():
-            accelerator.register_for_checkpointing(loss)
-    if ema is not None:
-        accelerator.register_for_checkpointing(ema)
-    unwrapped = accelerator.unwrap_model(model)
-    return _Parts(
-        model=model,
-        forward=_compiled(model) if config.compile else model,
-        network=unwrapped.network if isinstance(unwrapped, TappedStudent) else unwrapped,
-        ema=ema,
-        optimizer=optimizer,
-        scheduler=scheduler,
-    )
-
-
-def _parameter_groups(
-    student: SegmentationNetwork | TappedStudent, config: TrainingConfig
-) -> list[dict[str, Any]]:
-    if not isinstance(student, TappedStudent):
-        return parameter_groups(student, config.lr, config.head_lr_factor)
-    groups = parameter_groups(student.network, config.lr, config.head_lr_factor)
-    projections = list(student.projections.parameters())
-    if projections:
-        rate = config.lr * config.head_lr_factor
-        groups.append({"name": "projections", "params": projections, "lr": rate})
-    return groups
-
-
-def _synchronised(
-    student: SegmentationNetwork | TappedStudent,
-    accelerator: Accelerator,
-    reporter: Reporter,
-    name: str,
-) -> SegmentationNetwork | TappedStudent:
-    """The student with batch norms over all processes, where torch has them."""
-    if accelerator.device.type != "cpu":
-        converted: SegmentationNetwork | TappedStudent = (
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        )
-        return converted
-    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in student.modules()):
-        reporter.warn(
-            f"{name}: torch synchronises batch norms on GPUs alone; on the CPU each of the "
-            f"{accelerator.num_processes} processes normalises over its own images"
-        )
-    return student
-
-
-def _compiled(model: torch.nn.Module) -> Callable[[torch.Tensor], NetworkOutputs]:
-    """The model's compiled twin, which shares its tensors; the model itself stays as it is."""
-    from torch._dynamo.exc import TorchDynamoException  # seconds to import
-
-    compiled = torch.compile(model)
-
-    def forward(images: torch.Tensor) -> NetworkOutputs:
-        try:
-            outputs: NetworkOutputs = compiled(images)
-        except TorchDynamoException as error:
-            raise ConfigError(
-                f"training.compile: torch.compile failed ({str(error).strip().splitlines()[0]}); "
-                "on the CPU it needs a C++ compiler and the headers of Python, on GPUs Triton; "
-                "leave training.compile out"
-            ) from error
-        return outputs
-
-    return forward
-
-
 @dataclass(kw_only=True)
 class _Training:
     """One training under way."""
 
     accelerator: Accelerator
-    parts: _Parts
+    parts: TrainingParts
     loss: Loss
     stream: MapStream
     signals: Signals
@@ -348,6 +211,7 @@ class _Training:
     reporter: Reporter
     name: str
     checkpoints: Checkpoints
+    snapshots: Snapshots
     state: TrainingState
     log: TrainingLog
     stop: StopSignals
@@ -404,8 +268,14 @@ class _Training:
                 bar.advance(note=self._note, items=self._images_per_step)
                 last = state.iteration == config.iterations
                 checkpoint = last or state.iteration % config.checkpoint_every == 0
-                if checkpoint or self._evaluation_due() or self._stopping:
+                checkpoint = checkpoint or self._evaluation_due() or self._stopping
+                snapshot = self.snapshots.due(state.iteration)
+                if checkpoint or snapshot:
                     self._watch.flush()
+                # First, so that who resumes from the checkpoint finds all snapshots up to it.
+                if snapshot and accelerator.is_main_process:
+                    self.snapshots.save(self.parts.evaluated, state.iteration)
+                if checkpoint:
                     self.checkpoints.save(state)
                 if self._stopping:
                     self._leave()
@@ -545,7 +415,7 @@ def _result(
     config: TrainingConfig,
     state: TrainingState,
     metrics: Metrics,
-    parts: _Parts,
+    parts: TrainingParts,
 ) -> TrainingResult:
     images = config.iterations * config.accumulate * config.batch_size * accelerator.num_processes
     on_gpu = accelerator.device.type == "cuda"
@@ -566,20 +436,3 @@ def _result(
         class_history=state.class_history,
         evaluations=state.evaluations,
     )
-
-
-@contextlib.contextmanager
-def _accelerator(config: TrainingConfig, device: str) -> Iterator[Accelerator]:
-    """An Accelerator for one training; its process-wide state is dropped afterwards.
-
-    Accelerate keeps device and precision in a singleton, but teacher and students, trained one
-    after another in one process, may differ in them.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError("device: cuda was asked for, but torch sees no GPU; use device: auto")
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.precision)
-    try:
-        yield accelerator
-    finally:
-        accelerator.free_memory()

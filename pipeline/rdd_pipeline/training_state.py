@@ -1,4 +1,4 @@
-"""What a training leaves on disk while it runs: checkpoints, and the best weights."""
+"""What a training leaves on disk while it runs: checkpoints, the best weights, and snapshots."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from accelerate import Accelerator
 
 from rdd_pipeline.errors import CheckpointError
 from rdd_pipeline.evaluate import Metrics
+from rdd_pipeline.export import WEIGHTS_FILE
 from rdd_pipeline.files import read_json, write_json
 from rdd_pipeline.networks import load_state, save_weights, state_differences
 
 BEST_FOLDER = "best"
 BEST_FILE = "best.json"
+SNAPSHOTS_FOLDER = "snapshots"
 
 _STATE_FILE = "trainer.json"
 _MODEL_FILE = "model.safetensors"
@@ -143,6 +145,48 @@ class Checkpoints:
         accelerator.wait_for_everyone()
 
 
+class Snapshots:
+    """Weights kept on the way, evenly spread between the first iteration and the last.
+
+    With those of the end, ``count`` of them part a training in ``count + 1`` equal stretches.
+
+    Args:
+        directory: Of the training.
+        count: How many; 0 keeps none.
+        iterations: Length of the training.
+    """
+
+    def __init__(self, directory: Path, count: int, iterations: int) -> None:
+        self._directory = directory
+        places = (round(place * iterations / (count + 1)) for place in range(1, count + 1))
+        self._iterations = frozenset(place for place in places if 0 < place < iterations)
+
+    def due(self, iteration: int) -> bool:
+        """Whether the weights after this iteration are kept."""
+        return iteration in self._iterations
+
+    def save(self, network: torch.nn.Module, iteration: int) -> None:
+        """Write the weights, whole or not at all.
+
+        Raises:
+            CheckpointError: They cannot be written.
+        """
+        folder = self._directory / SNAPSHOTS_FOLDER / f"{iteration:08d}"
+        save_weights(network, folder / WEIGHTS_FILE)
+
+    def drop_after(self, iteration: int) -> None:
+        """Remove what a process wrote after the checkpoint from which this one goes on."""
+        for path in snapshot_folders(self._directory):
+            if int(path.name) > iteration:
+                shutil.rmtree(path)
+
+
+def snapshot_folders(directory: Path) -> list[Path]:
+    """Folders of a training's snapshots, named by their iterations, in order."""
+    found = (directory / SNAPSHOTS_FOLDER).glob("[0-9]*")
+    return sorted((p for p in found if p.name.isdigit()), key=lambda path: int(path.name))
+
+
 def note_best(state: TrainingState, metrics: Metrics) -> bool:
     """Note an evaluation in the state if it is the best so far; says whether it is."""
     if state.best_miou is not None and metrics.miou <= state.best_miou:
@@ -156,7 +200,7 @@ def save_best(directory: Path, network: torch.nn.Module, state: TrainingState) -
 
     A process that dies between the two resumes before this evaluation, and writes both again.
     """
-    save_weights(network, directory / BEST_FOLDER / "weights.safetensors")
+    save_weights(network, directory / BEST_FOLDER / WEIGHTS_FILE)
     write_json(
         directory / BEST_FOLDER / BEST_FILE,
         {"iteration": state.best_iteration, "miou": state.best_miou},

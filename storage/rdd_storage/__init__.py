@@ -73,6 +73,8 @@ from rdd_storage.statistics import (
     merge_statistics,
 )
 from rdd_storage.status import GrowthStatus, ListedStore, StoreStatus, list_stores, store_status
+from rdd_storage.summary import ImageMeasures, Summary
+from rdd_storage.summary_store import StoredSummary
 from rdd_storage.verify import Damage, VerifyReport, verify_store
 from rdd_storage.writer import MapWriter, PackWriter
 
@@ -91,6 +93,7 @@ __all__ = [
     "HardnessCodec",
     "ImageLogits",
     "ImageMaps",
+    "ImageMeasures",
     "ImageRecord",
     "LeaseInfo",
     "LeaseLostError",
@@ -122,6 +125,8 @@ __all__ = [
     "StoreUnavailableError",
     "StoreUse",
     "StoreWriteError",
+    "StoredSummary",
+    "Summary",
     "UnknownArrayError",
     "UnknownImageError",
     "UnknownVersionError",

@@ -16,19 +16,13 @@ from os import PathLike
 import numpy as np
 
 from rdd_storage.chunks import ChunkError, ChunkLayout, chunk_range
-from rdd_storage.errors import (
-    LeaseLostError,
-    ShardDataError,
-    StoreIncompleteError,
-    StoreWriteError,
-)
+from rdd_storage.errors import LeaseLostError, ShardDataError, StoreIncompleteError, StoreWriteError
 from rdd_storage.layout import ArraySpec, array_metadata, encode_objects, map_specs, object_key
 from rdd_storage.lease import hold_lease
 from rdd_storage.location import Location, locate
 from rdd_storage.manifest import (
     Head,
     Manifest,
-    RowEntry,
     read_draft,
     read_head,
     read_head_with_token,
@@ -37,6 +31,7 @@ from rdd_storage.manifest import (
     store_draft,
 )
 from rdd_storage.maps import ImageLogits, ImageMaps, check_logits
+from rdd_storage.rows import RowEntry
 from rdd_storage.schema import with_arrays
 from rdd_storage.writer import BRIEF_WAIT, MapWriter, plan_images
 

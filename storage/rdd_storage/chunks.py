@@ -20,7 +20,9 @@ from numcodecs.zstd import Zstd
 
 _CHECKSUM = 4  # bytes
 _MISSING = 2**64 - 1  # offset and length of a chunk that a shard does not have
-_DTYPES = ("bool", "uint8", "uint16", "uint32", "int32", "float16", "float32", "float64")
+_DTYPES = (
+    "bool", "uint8", "uint16", "uint32", "uint64", "int32", "float16", "float32", "float64",
+)  # fmt: skip
 _zstd = Zstd()
 
 Slices = tuple[slice, ...]
@@ -134,6 +136,22 @@ class ChunkLayout:
         if len(content) != math.prod(self.chunks) * self.dtype.itemsize:
             raise ChunkError(f"a chunk of {self.chunks} {self.dtype} has {len(content)} bytes")
         return np.frombuffer(content, self.dtype).reshape(self.chunks)
+
+    def decode_object(self, data: bytes) -> npt.NDArray[Any]:
+        """All chunks of a stored object, in its full shape.
+
+        Raises:
+            ChunkError: One is missing, or see :meth:`decode_chunk`.
+        """
+        if self.shards is None:
+            return self.decode_chunk(data)
+        index = self.decode_index(data[-self.index_size :])
+        result = np.empty(self.shards, self.dtype)
+        whole = tuple(slice(0, length) for length in self.shards)
+        for part in (part for parts in self.parts(whole).values() for part in parts):
+            offset, length = chunk_range(index, part.number)
+            result[part.outside] = self.decode_chunk(data[offset : offset + length])[part.inside]
+        return result
 
     def parts(self, selection: Slices) -> dict[tuple[int, ...], list[Part]]:
         """The chunks that a selection touches, by the object they lie in.

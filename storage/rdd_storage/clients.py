@@ -22,6 +22,10 @@ from rdd_storage.errors import ExtraNotInstalledError, LocationError, StoreError
 _RETRIES, _READ_SECONDS, _WRITE_SECONDS = 8, 30.0, 300.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 15.0  # seconds between tries, doubling
 _VARIABLES = ("AWS_", "AZURE_", "GOOGLE_", "RDD_REQUEST_")
+_SERVERS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "az": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_ENDPOINT"),
+}
 _SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL|SIGNATURE", re.IGNORECASE)
 _SHORTEST_SECRET = 6  # characters; shorter values are no secrets and would garble messages
 _SHOWN = 300  # characters of a message from elsewhere
@@ -73,6 +77,11 @@ def open_client(scheme: str, bucket: str, *, for_writing: bool = False) -> Any:
     # A shard of tens of megabytes goes up in one request.
     seconds = max(seconds, _WRITE_SECONDS) if for_writing else seconds
     return _open(scheme, bucket, seconds, _environment())
+
+
+def server_of(scheme: str) -> str:
+    """What the environment says of where buckets are: names alone are not unique everywhere."""
+    return " ".join(os.environ.get(name, "") for name in _SERVERS.get(scheme, ())).strip()
 
 
 def retries() -> int:

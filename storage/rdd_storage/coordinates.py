@@ -25,7 +25,8 @@ from rdd_storage.layout import (
     group_metadata,
     groups,
 )
-from rdd_storage.manifest import Manifest, RowEntry
+from rdd_storage.manifest import Manifest
+from rdd_storage.rows import RowEntry
 from rdd_storage.schema import Schema
 from rdd_storage.statistics import discrepancy_bin_edges
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rdd_storage.manifest import Manifest, RowEntry
+from rdd_storage.manifest import Manifest
+from rdd_storage.rows import RowEntry, RowTable
 from rdd_storage.schema import ImageRecord
 
 
@@ -99,6 +100,6 @@ def plan_version(
     return Manifest(
         version=version,
         num_rows=num_rows,
-        entries=tuple(sorted(entries, key=lambda entry: entry.row)),
-        retired=tuple(sorted(retired, key=lambda entry: entry.row)),
+        entries=RowTable.of(sorted(entries, key=lambda entry: entry.row)),
+        retired=RowTable.of(sorted(retired, key=lambda entry: entry.row)),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,31 +21,15 @@ from rdd_storage.errors import (
     UnknownVersionError,
 )
 from rdd_storage.identity import FORMAT_VERSION
-from rdd_storage.layout import NEVER, consolidated_metadata, group_metadata
+from rdd_storage.layout import consolidated_metadata, group_metadata
 from rdd_storage.location import Location
+from rdd_storage.rows import RowEntry, RowTable
 from rdd_storage.schema import ImageRecord, Schema, schema_from_json, with_arrays
 
 HEAD_KEY = "zarr.json"
 VERSIONS_KEY = "versions/zarr.json"
 
-_GRID = ("grid_height", "grid_width")
-_RECORD = ("image_id", "height", "width", *_GRID, "digest")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowEntry:
-    """One row of a store and the versions it belongs to. A row is never given to another image."""
-
-    row: int
-    record: ImageRecord
-    first_version: int
-    """The version that added the row."""
-    last_version: int = NEVER
-    """The last version that has the row; :data:`~rdd_storage.layout.NEVER` while it is current."""
-
-    def in_version(self, version: int) -> bool:
-        """Whether a version has this row."""
-        return self.first_version <= version <= self.last_version
+_NO_ROWS = RowTable.of(())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,9 +40,9 @@ class Manifest:
     """1 for the first build of a store."""
     num_rows: int
     """Length of the image axis that this version needs; rows without an image are gaps."""
-    entries: tuple[RowEntry, ...]
+    entries: RowTable
     """The current images, in rising order of their rows."""
-    retired: tuple[RowEntry, ...] = ()
+    retired: RowTable = _NO_ROWS
     """Rows of earlier versions whose image is gone or has changed."""
     adds: tuple[str, ...] = ()
     """Arrays that this version adds to the images of the version before it."""
@@ -71,7 +55,7 @@ class Manifest:
         return cls(
             version=1,
             num_rows=len(records),
-            entries=tuple(
+            entries=RowTable.of(
                 RowEntry(row=row, record=record, first_version=1)
                 for row, record in enumerate(records)
             ),
@@ -80,12 +64,12 @@ class Manifest:
     @property
     def records(self) -> tuple[ImageRecord, ...]:
         """The images, in the order of their rows."""
-        return tuple(entry.record for entry in self.entries)
+        return self.entries.records()
 
     @property
-    def rows(self) -> tuple[int, ...]:
+    def rows(self) -> Sequence[int]:
         """Row of each record, in rising order."""
-        return tuple(entry.row for entry in self.entries)
+        return self.entries.rows
 
     def by_shard(self, shard_images: int) -> dict[int, list[RowEntry]]:
         """The current images of each shard that has any, in the order of their rows."""
@@ -106,11 +90,10 @@ class Manifest:
         content: dict[str, Any] = {
             "version": self.version,
             "num_rows": self.num_rows,
-            "images": _columns(self.entries, ("row", "first_version")),
+            "images": self.entries.columns(versions=["first_version"]),
         }
         if self.retired:
-            names = ("row", "first_version", "last_version")
-            content["retired"] = _columns(self.retired, names)
+            content["retired"] = self.retired.columns(versions=["first_version", "last_version"])
         if self.adds:
             content |= {"adds": list(self.adds), "images_of": self.images_of}
         return group_metadata({"rdd_manifest": content})
@@ -127,8 +110,8 @@ class Manifest:
             return cls(
                 version=content["version"],
                 num_rows=content["num_rows"],
-                entries=_entries(content["images"]),
-                retired=_entries(content["retired"]) if "retired" in content else (),
+                entries=RowTable(content["images"]),
+                retired=RowTable(content["retired"]) if "retired" in content else _NO_ROWS,
                 adds=tuple(content.get("adds", ())),
                 images_of=content.get("images_of"),
             )
@@ -386,28 +369,3 @@ def read_draft(head: Head) -> Manifest | None:
     if data is None or manifest_digest(data) != head.draft[1]:
         return None
     return Manifest.decode(data, f"{head.location}: {manifest_key(head.draft[0])}")
-
-
-def _columns(entries: Sequence[RowEntry], names: Sequence[str]) -> dict[str, list[Any]]:
-    columns = {name: [getattr(entry.record, name) for entry in entries] for name in _RECORD}
-    for name in _GRID:
-        if not any(columns[name]):  # a pack
-            del columns[name]
-    return columns | {name: [getattr(entry, name) for entry in entries] for name in names}
-
-
-def _entries(columns: Mapping[str, list[Any]]) -> tuple[RowEntry, ...]:
-    rows = columns["row"]
-    first = columns.get("first_version", [1] * len(rows))
-    last = columns.get("last_version", [NEVER] * len(rows))
-    columns = {**dict.fromkeys(_GRID, [0] * len(rows)), **columns}  # a pack has no grid
-    records = zip(*(columns[name] for name in _RECORD), strict=True)
-    return tuple(
-        RowEntry(
-            row=row,
-            record=ImageRecord(**dict(zip(_RECORD, values, strict=True))),
-            first_version=added,
-            last_version=ended,
-        )
-        for row, values, added, ended in zip(rows, records, first, last, strict=True)
-    )

@@ -8,6 +8,7 @@ provider's usual files and are never part of a URL, an error or a pickle.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
-from rdd_storage.clients import import_obstore, open_client, pause, retries, safe_reason
+from rdd_storage.clients import import_obstore, open_client, pause, retries, safe_reason, server_of
 from rdd_storage.errors import (
     LocationError,
     StoreAccessError,
@@ -130,18 +131,42 @@ class ObjectLocation(Location):
 
     def list_sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         """See :meth:`Location.list_sizes`."""
+        yield from sorted((key, size) for key, size, _ in self._list(prefix))
 
-        def read(client: Any) -> list[tuple[str, int]]:
-            import obstore
+    def get_stamped(self, key: str) -> tuple[bytes, str | None] | None:
+        """Content of an object and a stamp that another content does not have.
 
-            skip = len(self.prefix) + 1 if self.prefix else 0
-            return [
-                (entry["path"][skip:], int(entry["size"]))
-                for page in obstore.list(client, self._path(prefix) or None)
-                for entry in page
-            ]
+        Returns:
+            Content and stamp, which is None where the server gives no strong ETag; None where
+            there is no object.
+        """
+        found = self._get(key)
+        if found is None:
+            return None
+        content, token = found
+        return content, self._stamp(len(content), json.loads(token).get("e_tag"))
 
-        yield from sorted(self._read(prefix, read) or [])
+    def list_stamped(self, prefix: str = "") -> dict[str, str | None]:
+        """Stamps, as of :meth:`get_stamped`, of all objects below a prefix, by key in order.
+
+        Raises:
+            LocationError: There is no such bucket.
+        """
+        found = sorted(self._list(prefix))
+        return {key: self._stamp(size, e_tag or None) for key, size, e_tag in found}
+
+    def has_any(self, prefix: str = "") -> bool:
+        """Whether there are objects below a prefix: one request, however many there are.
+
+        Raises:
+            LocationError: There is no such bucket.
+        """
+        return bool(self._list(prefix, pages=1))
+
+    @property
+    def server(self) -> str:
+        """Endpoint or account that the bucket is at, as far as the environment says."""
+        return server_of(self.scheme)
 
     def children(self) -> list[Location]:
         """See :meth:`Location.children`."""
@@ -166,6 +191,16 @@ class ObjectLocation(Location):
 
     def __str__(self) -> str:
         return self.url
+
+    def _stamp(self, size: int, e_tag: str | None) -> str | None:
+        """Size and ETag; listings of some servers have it without quotes.
+
+        Weak ETags may stay when the content changes, and those of memory stores are numbers that
+        begin anew in each process.
+        """
+        if not e_tag or e_tag.startswith("W/") or self.scheme == "memory":
+            return None
+        return f"{size} {e_tag.strip(chr(34))}"
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -197,6 +232,26 @@ class ObjectLocation(Location):
             return content, json.dumps(token)
 
         return self._read(key, read)
+
+    def _list(self, prefix: str, pages: int | None = None) -> list[tuple[str, int, str]]:
+        """Key, size and ETag of the objects below a prefix."""
+
+        def read(client: Any) -> list[tuple[str, int, str]]:
+            import obstore
+
+            skip = len(self.prefix) + 1 if self.prefix else 0
+            try:
+                listed = itertools.islice(obstore.list(client, self._path(prefix) or None), pages)
+                return [
+                    (entry["path"][skip:], int(entry["size"]), entry["e_tag"] or "")
+                    for page in listed
+                    for entry in page
+                ]
+            except Exception as error:
+                self._refuse_listing(prefix, error)
+                raise
+
+        return self._read(prefix, read) or []
 
     def _read(self, key: str, read: Callable[[Any], _T]) -> _T | None:
         """Call ``read`` with the client; None where there is no object.
@@ -260,6 +315,20 @@ class ObjectLocation(Location):
             "the region, then try again"
         ) from None
 
+    def _refuse_listing(self, prefix: str, error: Exception) -> None:
+        """Name what only a listing finds; obstore has one error for all of it."""
+        reason = safe_reason(error)
+        if reason.startswith("404"):
+            raise LocationError(
+                f"{self._name(prefix)}: there is no bucket {self.bucket!r}; correct the name, or "
+                "the endpoint in the environment (see docs/object-stores.md)"
+            ) from None
+        if "invalid path" in reason:
+            raise LocationError(
+                f"{self._name(prefix)}: an object there has a name that is no path ({reason}); "
+                "rename or remove it"
+            ) from None
+
     def _refuse_write(self, key: str, error: Exception) -> NoReturn:
         if isinstance(error, StoreError):
             raise error
@@ -313,11 +382,13 @@ def _contradicts(content: bytes, e_tag: str | None) -> bool:
 
 
 def _is_cut_short(error: Exception) -> bool:
-    """Whether a response was not whole; obstore does not ask again for a listing that is not."""
-    return isinstance(error, _CutShort) or "list response" in safe_reason(error)
+    """Whether a response was not whole; obstore does not ask again for such a listing or error."""
+    broken = ("list response", "response body error")
+    return isinstance(error, _CutShort) or any(text in safe_reason(error) for text in broken)
 
 
 def _is_refusal(error: Exception) -> bool:
     from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
-    return isinstance(error, (PermissionError, PermissionDeniedError, UnauthenticatedError))
+    kinds = (PermissionError, PermissionDeniedError, UnauthenticatedError)
+    return isinstance(error, kinds) or safe_reason(error).startswith(("401", "403"))

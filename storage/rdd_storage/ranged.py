@@ -20,7 +20,8 @@ from rdd_storage.location import Location
 from rdd_storage.processes import check_process, request_pool
 
 _T = TypeVar("_T")
-_FETCHES = 3  # of one object before what it holds counts as damaged
+FETCHES = 3
+"""Of one object before what it holds counts as damaged."""
 
 
 class RangedArray:
@@ -56,7 +57,7 @@ class RangedArray:
         shape = tuple(part.stop - part.start for part in selection)
         result = np.empty(shape, self._layout.dtype.newbyteorder("="))
         for unit, parts in self._layout.parts(selection).items():
-            for fetches_left in reversed(range(_FETCHES)):
+            for fetches_left in reversed(range(FETCHES)):
                 try:
                     self._read_unit(unit, parts, result)
                     break

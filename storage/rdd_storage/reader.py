@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -30,6 +31,7 @@ from rdd_storage.marks import read_done
 from rdd_storage.processes import check_process
 from rdd_storage.schema import ImageRecord, MapSchema, PackSchema, Schema, SchemaT
 from rdd_storage.statistics import MapStatistics, assemble_statistics, merge_statistics
+from rdd_storage.summary_store import StoredSummary, open_summary
 from rdd_storage.tensors import OpenArray, Pending, open_array
 
 Window = tuple[slice, slice]
@@ -83,10 +85,10 @@ class StoreReader(Generic[SchemaT]):
         self._head = read_head(locate(path))
         require_schema(self._head, self._schema_type)
         self._manifest = read_manifest(self._head, version)
-        self._rows = {
-            record.image_id: (row, record)
-            for row, record in zip(self._manifest.rows, self._manifest.records, strict=True)
-        }
+        # Records are made when they are asked for: there may be a hundred thousand.
+        images = self._manifest.entries
+        self._places = dict(zip(images.image_ids, range(len(images)), strict=True))
+        self._records: dict[str, ImageRecord] = {}
         self._specs = map_specs(self.schema, self._manifest.num_rows)
         self._tensors: dict[str, OpenArray] = {}
         self._kept: dict[str, dict[str, npt.NDArray[np.generic]]] = {}
@@ -94,7 +96,10 @@ class StoreReader(Generic[SchemaT]):
 
     def __getstate__(self) -> dict[str, Any]:
         # What is to be kept in memory is part of the state, what has been read so far is not.
-        return self.__dict__ | {"_tensors": {}, "_kept": {array: {} for array in self._kept}}
+        kept: dict[str, Any] = {array: {} for array in self._kept}
+        state = self.__dict__ | {"_tensors": {}, "_records": {}, "_kept": kept}
+        state.pop("records", None)
+        return state
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r})"
@@ -108,6 +113,14 @@ class StoreReader(Generic[SchemaT]):
     def version(self) -> int:
         """The published version that is read; 0 while the first is being built."""
         return self._manifest.version if self.complete else 0
+
+    @property
+    def manifest_digest(self) -> str:
+        """SHA-256 of the version's manifest, and so of its images and their digests.
+
+        Empty while the first version is being built.
+        """
+        return self._head.versions.get(self.version, "")
 
     @property
     def images_version(self) -> int:
@@ -139,7 +152,7 @@ class StoreReader(Generic[SchemaT]):
         """Attributes of the root group, apart from the format's own; ``palette`` among them."""
         return self._head.attributes
 
-    @property
+    @cached_property
     def records(self) -> tuple[ImageRecord, ...]:
         """The images, in the order of their rows."""
         return self._manifest.records
@@ -147,7 +160,12 @@ class StoreReader(Generic[SchemaT]):
     @property
     def image_ids(self) -> tuple[str, ...]:
         """Names of the images, in the order of their rows."""
-        return tuple(self._rows)
+        return tuple(self._places)
+
+    @property
+    def num_images(self) -> int:
+        """Number of images."""
+        return len(self._places)
 
     @property
     def arrays(self) -> tuple[str, ...]:
@@ -160,7 +178,7 @@ class StoreReader(Generic[SchemaT]):
         Raises:
             UnknownImageError: The store has no such image.
         """
-        return self._entry(image_id)[0]
+        return self._manifest.rows[self._place(image_id)]
 
     def record(self, image_id: str) -> ImageRecord:
         """Sizes and digest of an image.
@@ -168,7 +186,11 @@ class StoreReader(Generic[SchemaT]):
         Raises:
             UnknownImageError: The store has no such image.
         """
-        return self._entry(image_id)[1]
+        found = self._records.get(image_id)
+        if found is None:
+            found = self._manifest.entries.record(self._place(image_id))
+            self._records[image_id] = found
+        return found
 
     def is_done(self, image_id: str) -> bool:
         """Whether all arrays of an image are written.
@@ -197,14 +219,15 @@ class StoreReader(Generic[SchemaT]):
             StoreIncompleteError: The store matches but is not built to the end.
         """
         lines = identity_difference(identity, self.identity)
+        found = self._manifest.entries.digests
         for image_id, digest in digests.items():
-            entry = self._rows.get(image_id)
-            if entry is None:
+            place = self._places.get(image_id)
+            if place is None:
                 lines.append(f"image {image_id}: expected in the store, found nothing")
-            elif entry[1].digest != digest:
+            elif found[place] != digest:
                 lines.append(
                     f"image {image_id}: digest: expected {digest[:12]}…, found "
-                    f"{entry[1].digest[:12]}… (the image or its label has changed)"
+                    f"{found[place][:12]}… (the image or its label has changed)"
                 )
         if lines:
             raise mismatch_error(self.path, lines)
@@ -300,17 +323,17 @@ class StoreReader(Generic[SchemaT]):
                 batch = self._finish_rows(pending, name, shard)
                 views = []
                 for index, image_id in enumerate(members):
-                    inside = self._spec(name).inside(self._rows[image_id][1])
+                    inside = self._spec(name).inside(self.record(image_id))
                     views.append(batch[index][inside])
                 maps[name] = tuple(views)
             yield ShardMaps(shard=shard, image_ids=tuple(members), maps=maps)
 
-    def _entry(self, image_id: str) -> tuple[int, ImageRecord]:
+    def _place(self, image_id: str) -> int:
         try:
-            return self._rows[image_id]
+            return self._places[image_id]
         except KeyError:
             raise UnknownImageError(
-                f"{self.path}: expected one of the store's {len(self._rows)} images, got "
+                f"{self.path}: expected one of the store's {self.num_images} images, got "
                 f"{image_id!r}; {self.schema.remedy} with this data set, or check the name"
             ) from None
 
@@ -334,8 +357,9 @@ class StoreReader(Generic[SchemaT]):
 
     def _by_shard(self) -> dict[int, list[str]]:
         by_shard: dict[int, list[str]] = {}
-        for image_id, (row, _) in self._rows.items():
-            by_shard.setdefault(row // self.schema.shard_images, []).append(image_id)
+        size = self.schema.shard_images
+        for image_id, row in zip(self._places, self._manifest.rows, strict=True):
+            by_shard.setdefault(row // size, []).append(image_id)
         return by_shard
 
     def _require_done(self, image_ids: Iterable[str]) -> None:
@@ -351,7 +375,7 @@ class StoreReader(Generic[SchemaT]):
     ) -> Callable[[], npt.NDArray[np.generic]]:
         """Begin a read; the result waits for it."""
         spec = self._spec(array)
-        row, record = self._entry(image_id)
+        row, record = self.row(image_id), self.record(image_id)
         size = spec.size(record)
         crop = (slice(0, size[0]), slice(0, size[1]))
         if window is not None:
@@ -378,7 +402,7 @@ class StoreReader(Generic[SchemaT]):
 
         In a store that grew, the rows between may have no data.
         """
-        rows = np.array([self._rows[image_id][0] for image_id in image_ids])
+        rows = np.array([self.row(image_id) for image_id in image_ids])
         whole = tuple(slice(0, length) for length in spec.shape[1:])
         runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
         tensor = self._tensor(spec)
@@ -416,6 +440,16 @@ class MapReader(StoreReader[MapSchema]):
     """The maps of one published version of a store; see :class:`StoreReader`."""
 
     _schema_type = MapSchema
+
+    def summary(self) -> StoredSummary | None:
+        """A few numbers for each image and class, made when the version was published.
+
+        None for a store that is not finished, or from before there were summaries.
+
+        Raises:
+            StoreUnavailableError, StoreAccessError: The place cannot be read.
+        """
+        return open_summary(self._head, self._manifest)
 
     def statistics(self) -> MapStatistics:
         """Statistics of all images of the version; a few shards' counts are in memory at a time.

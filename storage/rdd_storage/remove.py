@@ -15,6 +15,7 @@ from rdd_storage.lease import LEASE_KEY, hold_lease
 from rdd_storage.location import LocalLocation, Location, locate
 from rdd_storage.manifest import (
     HEAD_KEY,
+    VERSIONS_KEY,
     Head,
     manifest_key,
     read_draft,
@@ -135,9 +136,9 @@ def _unused(location: Location, head: Head) -> Iterator[tuple[str, int]]:
     if draft is not None:
         needed |= {row // schema.shard_images for row in draft.rows}
     versions = {*head.versions, *([head.draft[0]] if head.draft else [])}
-    manifests = {manifest_key(version) for version in versions}
-    for key, size in list(location.list_sizes("versions")):
-        if key.count("/") == 2 and key not in manifests:
+    folders = {manifest_key(version).rpartition("/")[0] for version in versions}
+    for key, size in list(location.list_sizes("versions")):  # manifests and summaries
+        if key != VERSIONS_KEY and "/".join(key.split("/")[:2]) not in folders:
             yield key, size
     # The marks first: a shard that is gone in part must not look done.
     rows = max(manifest.num_rows, head.num_rows)

@@ -10,7 +10,7 @@ from typing import Any
 from rdd_storage.location import locate
 from rdd_storage.manifest import read_head
 from rdd_storage.remove import remove_unused
-from rdd_storage.verify import Damage, verify_store
+from rdd_storage.verify import Damage, VerifyReport, verify_store
 from rdd_storage.writer import StoreWriter
 
 
@@ -24,7 +24,8 @@ class RepairReport:
     damages: tuple[Damage, ...]
     """Everything that was found wrong."""
     restored: tuple[str, ...]
-    """Keys of metadata and coordinates that were written anew from the manifest."""
+    """Keys of what was written anew: metadata and coordinates from the manifest, summaries from
+    the counts."""
     reopened: tuple[int, ...]
     """Shards that are pending now: build the maps, or pack the data, again to have them made
     anew."""
@@ -41,7 +42,7 @@ def repair_store(
     *,
     wait: float = 0.0,
 ) -> RepairReport:
-    """Verify a store, restore what follows from its manifest, and reopen its damaged shards.
+    """Verify a store, restore what follows from the rest of it, and reopen its damaged shards.
 
     A published store stays published: its undamaged images are read as before. The teacher then
     builds the reopened shards as it builds those of a new store, or ``rdd data pack`` decodes their
@@ -66,6 +67,7 @@ def repair_store(
         bad = report.bad_shards
         reopened = tuple(shard for shard in bad if writer.shard_records(shard))
         writer.reopen_shards(reopened)
+        restored += writer.restore_summaries(_damaged_summaries(report))
         freed = remove_unused(read_head(locate(path))) if writer.complete else 0
     return RepairReport(
         path=report.path,
@@ -76,3 +78,9 @@ def repair_store(
         lost=tuple(shard for shard in bad if shard not in reopened),
         bytes_freed=freed,
     )
+
+
+def _damaged_summaries(report: VerifyReport) -> set[int]:
+    """The versions of which a summary is damaged."""
+    keys = [damage.key.split("/") for damage in report.damages]
+    return {int(key[1]) for key in keys if key[0] == "versions" and key[2] == "summary"}

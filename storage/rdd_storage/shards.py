@@ -20,10 +20,11 @@ from rdd_storage.layout import (
     object_key,
     statistics_specs,
 )
-from rdd_storage.manifest import Head, RowEntry
+from rdd_storage.manifest import Head
 from rdd_storage.maps import IGNORE_LABEL, ImageMaps, check_maps
 from rdd_storage.packs import PackedImage, check_packed
 from rdd_storage.quantise import PREDICTION_UNWRITTEN, encode_discrepancy
+from rdd_storage.rows import RowEntry
 from rdd_storage.schema import ImageRecord, MapSchema, PackSchema, Schema
 from rdd_storage.statistics import image_statistics
 

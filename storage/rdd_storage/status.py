@@ -135,7 +135,7 @@ def _status(location: Location) -> StoreStatus:
     if draft is not None:
         growth = GrowthStatus(
             version=draft.version,
-            images=len(draft.records),
+            images=len(draft.entries),
             images_done=int(done[list(draft.rows)].sum()),
         )
         if adding:
@@ -150,7 +150,7 @@ def _status(location: Location) -> StoreStatus:
         format_version=FORMAT_VERSION,
         version=head.version,
         versions=tuple(sorted(head.versions)),
-        images=len(manifest.records),
+        images=len(manifest.entries),
         images_done=images_done,
         shards=len(shards),
         shards_done=len(shards) - len(undone),

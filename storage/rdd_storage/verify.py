@@ -31,9 +31,12 @@ from rdd_storage.layout import (
     object_key,
 )
 from rdd_storage.location import Location, locate
-from rdd_storage.manifest import Head, Manifest, RowEntry, manifest_key, read_head, read_manifest
+from rdd_storage.manifest import Head, Manifest, manifest_key, read_head, read_manifest
 from rdd_storage.marks import read_done
+from rdd_storage.rows import RowEntry
+from rdd_storage.schema import MapSchema
 from rdd_storage.shards import has_unwritten
+from rdd_storage.summary_store import decode_summary, summary_key, summary_metadata, summary_specs
 
 _THREADS = 4
 _AHEAD = 4  # objects per thread that are read before their result is looked at
@@ -106,12 +109,15 @@ def verify_store(
     contents = _Contents(head, read_manifest(head))
     damages = list(_metadata_damages(location, head))
     damages += _manifest_damages(head)
-    units = list(contents.units())
+    summaries, damaged = _summaries(head)
+    damages += damaged
+    units = [*contents.units(), *((spec, 0) for spec in summaries)]
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
         problems = _in_order(pool, contents.problem, units, threads * _AHEAD)
         for count, ((spec, index), problem) in enumerate(zip(units, problems, strict=True), 1):
             if problem:
-                shard = None if spec.name in contents.coordinates else index
+                of_none = spec.name in contents.coordinates or spec.dims[0] != "image"
+                shard = None if of_none else index
                 key = object_key(spec, index)
                 damages.append(Damage(array=spec.name, shard=shard, key=key, problem=problem))
             if progress is not None:
@@ -165,6 +171,8 @@ class _Contents:
         spec, index = unit
         entries = [entry for entry in self._members(spec, index) if self._has(spec, entry)]
         content = self._head.location.get(object_key(spec, index))
+        if spec.name.startswith("versions/"):
+            return _summary_problem(spec, content)
         if content is None:
             if spec.name == LAST_VERSION and all(e.last_version == spec.fill for e in entries):
                 return ""
@@ -238,6 +246,47 @@ def _decode_shard(
             offset, length = index[part.number]
             data[part.outside] = layout.decode_chunk(content[offset : offset + length])
     return data
+
+
+def _summary_problem(spec: ArraySpec, content: bytes | None) -> str:
+    if content is None:
+        return "missing"
+    try:
+        decode_summary(spec, content)
+    except ChunkError as error:
+        return f"cannot be decoded: {error}"
+    return ""
+
+
+def _summaries(head: Head) -> tuple[list[ArraySpec], list[Damage]]:
+    """The arrays of the summaries that the published versions have; what their metadata lacks."""
+    found: list[ArraySpec] = []
+    damages: list[Damage] = []
+    for version, digest in sorted(head.versions.items()):
+        if (
+            not isinstance(head.schema, MapSchema)
+            or head.location.get(summary_key(version)) is None
+        ):
+            continue
+        try:
+            images = len(read_manifest(head, version).entries)
+        except StoreError:
+            continue  # which is listed as damage of the manifest
+        specs = summary_specs(head.schema, version, images)
+        found += specs.values()
+        for key, wanted in summary_metadata(specs, version, digest).items():
+            content = head.location.get(key)
+            if _parsed(content) != json.loads(wanted):
+                problem = "missing" if content is None else "not the metadata of this summary"
+                damages.append(Damage(array="metadata", shard=None, key=key, problem=problem))
+    return found, damages
+
+
+def _parsed(content: bytes | None) -> Any:
+    try:
+        return None if content is None else json.loads(content)
+    except ValueError:
+        return None
 
 
 def _present(head: Head, specs: dict[str, ArraySpec]) -> dict[str, ArraySpec]:

@@ -8,7 +8,7 @@ under way and nothing else. What is planned and published is decided under the s
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -51,7 +51,6 @@ from rdd_storage.manifest import (
     VERSIONS_KEY,
     Head,
     Manifest,
-    RowEntry,
     manifest_digest,
     manifest_key,
     read_draft,
@@ -65,6 +64,7 @@ from rdd_storage.manifest import (
 from rdd_storage.maps import ImageLogits, ImageMaps
 from rdd_storage.marks import read_done
 from rdd_storage.packs import PackedImage
+from rdd_storage.rows import RowEntry
 from rdd_storage.schema import (
     ImageRecord,
     MapSchema,
@@ -76,6 +76,7 @@ from rdd_storage.schema import (
     with_arrays,
 )
 from rdd_storage.shards import Content, ShardContent, check_content
+from rdd_storage.summary_store import delete_summary, open_summary, summary_key, summary_objects
 
 _CHUNKS = ("chunk_height", "chunk_width")
 _LISTED = 10  # differing images that a message names
@@ -266,7 +267,7 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
         """What this version changes; None unless made by :meth:`extend`."""
         return self._growth
 
-    @property
+    @cached_property
     def records(self) -> tuple[ImageRecord, ...]:
         """The images, in the order of their rows."""
         return self._manifest.records
@@ -375,7 +376,10 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
             raise
 
     def publish(self) -> None:
-        """Make the version visible to readers, in one atomic step; does nothing when it is.
+        """Make the version visible to readers, in one atomic step.
+
+        Its summary is made before that. Where the version is published already, nothing is done
+        but to make summaries that shards built again have left missing.
 
         Raises:
             StoreIncompleteError: Shards are not done.
@@ -383,6 +387,7 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
             StoreWriteError: The root cannot be written.
         """
         if self.complete:
+            self._complete_summaries()
             return
         self._refuse_pending()
         with self._locked():
@@ -392,10 +397,10 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
                 self._head = head
                 return
             num_rows = max(head.num_rows, self._manifest.num_rows)
-            if self.version > 1 or num_rows != len(self.records):
-                base_rows = 0
-                if head.complete and FIRST_VERSION in head.arrays:
-                    base_rows = read_manifest(head).num_rows
+            base = read_manifest(head) if head.complete else None
+            if self.version > 1 or num_rows != len(self._manifest.entries):
+                grew = base is not None and FIRST_VERSION in head.arrays
+                base_rows = base.num_rows if base is not None and grew else 0
                 self._put_changed(self._derived_objects(num_rows, base_rows))
             location = self._head.location
             location.remove_partial_writes()
@@ -404,6 +409,9 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
                     f"{self.path}: {manifest_key(self.version)}: expected SHA-256 "
                     f"{self._digest[:12]}, got another; extend the store again"
                 )
+            summary = summary_objects(head, self._manifest, self._digest, base)
+            self._check_lease()
+            self._put_changed(summary)
             head = replace(
                 head,
                 version=self.version,
@@ -423,7 +431,8 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
     def reopen_shards(self, shards: Iterable[int]) -> None:
         """Make shards pending again, so that a build writes them anew.
 
-        A published version stays published: its undamaged images are read as before.
+        A published version stays published: its undamaged images are read as before. Summaries
+        that have to do with the shards are deleted; :meth:`publish` makes them again.
 
         Raises:
             IndexError: There is no such shard.
@@ -431,8 +440,14 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
             StoreWriteError: A mark cannot be written.
         """
         with self._locked():
-            for shard in shards:
-                marks = np.zeros(len(self.shard_rows(shard)), np.bool_)
+            rows = {shard: self.shard_rows(shard) for shard in shards}
+            entries = [entry for shard in rows for entry in self._by_shard.get(shard, ())]
+            for version in self._head.versions:
+                if any(entry.in_version(version) for entry in entries):
+                    self._check_lease()
+                    delete_summary(self._head, version)
+            for shard in rows:
+                marks = np.zeros(len(rows[shard]), np.bool_)
                 self._check_lease()
                 self._put(encode_objects(self._done_spec, marks, first=shard))
 
@@ -456,6 +471,42 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
                 self._check_lease()
                 replace_head(replace(head, arrays=arrays, attributes=attributes), token)
                 written = (*written, HEAD_KEY)
+        return written
+
+    def restore_summaries(self, damaged: Collection[int] = ()) -> tuple[str, ...]:
+        """Make the summaries of published versions that are missing or damaged.
+
+        Versions of which images are not done, or counts are damaged, are left without.
+
+        Args:
+            damaged: Versions whose summary is to be made anew.
+
+        Returns:
+            Keys of the objects that were written.
+
+        Raises:
+            StoreLockedError: Another build holds the store.
+            StoreWriteError: An object cannot be written.
+        """
+        written: tuple[str, ...] = ()
+        with self._locked():
+            head = read_head(self._head.location)
+            if not isinstance(head.schema, MapSchema) or not head.complete:
+                return ()
+            done = read_done(head.location, done_spec(head.schema, head.num_rows))
+            base: Manifest | None = None
+            for version, digest in sorted(head.versions.items()):
+                try:
+                    manifest = read_manifest(head, version)
+                except StoreFormatError:
+                    continue  # damaged: verification lists it
+                if version in damaged:
+                    delete_summary(head, version)
+                if open_summary(head, manifest) is None and done[list(manifest.rows)].all():
+                    summary = summary_objects(head, manifest, digest, base)
+                    self._check_lease()
+                    written += self._put_changed(summary)
+                base = manifest
         return written
 
     # -- making ------------------------------------------------------------------------------
@@ -562,6 +613,15 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
         if head.draft is not None and head.draft[0] == self.version:
             return head.draft[1]
         return manifest_digest(self._manifest.encode())
+
+    def _complete_summaries(self) -> None:
+        """Make the summaries that are missing, as after a repair, unless shards are pending."""
+        location = self._head.location
+        missing = isinstance(self.schema, MapSchema) and any(
+            location.get(summary_key(version)) is None for version in self._head.versions
+        )
+        if missing and not self.pending_shards():
+            self.restore_summaries()
 
     def _refuse_pending(self) -> None:
         pending = self.pending_shards()

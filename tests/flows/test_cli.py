@@ -10,7 +10,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from real_processes import processes_of_session, wait_for
 from tiny import tiny_tree, write_tiny
 
 Rdd = Callable[..., subprocess.CompletedProcess[str]]
@@ -58,13 +58,21 @@ def test_run_goes_the_whole_way(finished: tuple[Path, Path, str, str]) -> None:
     assert "prefect" not in errors.lower()
 
 
-def test_second_run_reuses_everything_and_a_new_student_needs_no_teacher_pass(
+def test_second_run_reuses_everything_and_a_failing_student_leaves_the_others(
     rdd: Rdd, finished: tuple[Path, Path, str, str]
 ) -> None:
     config, run, _, _ = finished
+    training = tiny_tree(run)["student"]["training"] | {"lr": 1e30}
+    students = [
+        {"name": "broken", "method": "supervised", "training": training},
+        {"name": "extra", "method": "rdd", "rdd": {"relation": "or"}},
+    ]
     done = rdd("run", config, "--set", "maps.workers=1",
-               "--set", "students=[{name: extra, method: rdd, rdd: {relation: or}}]")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+               "--set", f"students={json.dumps(students)}")  # fmt: skip
+    assert done.returncode == 1
+    assert "1 of 2 students failed" in done.stderr
+    assert "broken: the loss is" in done.stderr
+    assert "Traceback" not in done.stderr
     assert "teacher: reused" in done.stderr
     assert "maps: reused, all 7 images" in done.stderr
     results = json.loads((run / "results.json").read_text())
@@ -239,28 +247,11 @@ def test_a_stopped_run_leaves_no_process_behind_and_resumes(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     checkpoints = tmp_path / "runs" / "tiny" / "teacher" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("0*")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: process.poll() is not None or list(checkpoints.glob("0*")))
+    assert process.poll() is None
     os.kill(process.pid, number)
     assert process.wait(timeout=120) in (128 + number, 1)
-    remaining = time.monotonic() + 60
-    while others := processes_of_session(process.pid):
-        assert time.monotonic() < remaining, others
-        time.sleep(0.1)
-
-
-def processes_of_session(session: int) -> list[str]:
-    """Command lines of the processes of a session that are still alive."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.append((folder / "cmdline").read_text().replace("\0", " "))
-    return found
+    wait_for(lambda: not processes_of_session(process.pid), seconds=60)
 
 
 def test_help_is_there_for_every_command(rdd: Rdd) -> None:

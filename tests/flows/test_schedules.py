@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 
@@ -20,20 +20,13 @@ from prefect_servers import running_server
 from rdd_flows.deployments import check_prefect_file, check_schedule
 from rdd_pipeline.errors import ConfigError
 from rdd_storage import StoreError, store_status
+from real_processes import wait_for
 from tiny import tiny_tree, write_tiny
 
 ROOT = Path(__file__).parents[2]
 COMMAND = Path(sys.executable).parent / "rdd"
 
 Rdd = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def wait_for(answer: Callable[[], Any], seconds: float = 180) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := answer()):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    return found
 
 
 def test_deployments_of_the_project() -> None:
@@ -48,21 +41,22 @@ def test_deployments_of_the_project() -> None:
         assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
 
 
-def test_mistakes_in_deployments_are_all_told(tmp_path: Path) -> None:
+def test_mistakes_in_deployments_are_all_told(rdd: Rdd, tmp_path: Path) -> None:
     one = {"name": "nightly", "entrypoint": "rdd_flows.nightly.nightly"}
     wrong = one | {"schedules": [{"cron": "0 25 * * *"}]}
     zone = one | {"name": "b", "schedules": [{"cron": "0 2 * * *", "timezone": "Europe/Bärlin"}]}
     path = tmp_path / "prefect.yaml"
     path.write_text(yaml.safe_dump({"deployments": [one, wrong, zone]}))
-    with pytest.raises(ConfigError) as caught:
-        check_prefect_file(path)
+    done = rdd("flows", "check", path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
     for expected in (
         "3 problem(s)",
         "two deployments 'rdd_flows.nightly.nightly/nightly'",
         "'nightly': cron: expected five fields",
         "'b': timezone: expected a name such as Europe/Berlin",
     ):
-        assert expected in str(caught.value)
+        assert expected in done.stderr
     path.write_text("deployments: 3")
     with pytest.raises(ConfigError, match="expected the deployments of a prefect"):
         check_prefect_file(path)
@@ -76,12 +70,15 @@ def test_cron_that_is_none(cron: str) -> None:
 
 def test_serve_refuses_a_wrong_schedule(rdd: Rdd, tmp_path: Path) -> None:
     config = write_tiny(tmp_path / "tiny.yaml", tmp_path / "runs")
-    done = rdd("serve", config, "--timezone", "Mars/Olympus")
-    assert done.returncode == 1
-    assert "timezone: expected a name such as Europe/Berlin or UTC, got 'Mars/Olympus'" in (
-        done.stderr
-    )
-    assert "Traceback" not in done.stderr
+    for option, wrong, expected in (
+        ("--timezone", "Mars/Olympus", "timezone: expected a name such as Europe/Berlin or UTC"),
+        ("--cron", "0 25 * * *", "cron: expected five fields (minute, hour, day, month, weekday)"),
+    ):
+        done = rdd("serve", config, option, wrong)
+        assert done.returncode == 1
+        assert expected in done.stderr
+        assert f"got '{wrong}'" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_server_that_does_not_answer_is_told_before_anything_runs(tmp_path: Path) -> None:
@@ -138,17 +135,28 @@ def test_server_lost_in_mid_run_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_serve_builds_trains_and_stops_its_schedule(prefect_server: str, tmp_path: Path) -> None:
-    """One machine: a night, the event, the students of the new version; then SIGTERM."""
+    """One machine: a night that is cancelled, a whole one, the event, the students of the new
+    version; then SIGTERM."""
     tree = tiny_tree(tmp_path / "runs") | {"name": "served"}
     tree["students"] = tree["students"][1:2]
     config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(tree))
+
+    def write(**training: int) -> None:
+        teacher = tree["teacher"] | {"training": tree["teacher"]["training"] | training}
+        config.write_text(yaml.safe_dump(tree | {"teacher": teacher}))
+
+    write(iterations=100_000, workers=1)
 
     def post(path: str, content: Any) -> Any:
         return httpx.post(f"{prefect_server}/{path}", json=content).raise_for_status().json()
 
     def deployment(flow: str) -> Any:
         return httpx.get(f"{prefect_server}/deployments/name/{flow}/served").json()
+
+    query = {"deployments": {"name": {"any_": ["served"]}}}
+
+    def states() -> list[str]:
+        return [run["state_type"] for run in post("flow_runs/filter", query)]
 
     environment = os.environ | {
         "PREFECT_API_URL": prefect_server,
@@ -173,14 +181,23 @@ def test_serve_builds_trains_and_stops_its_schedule(prefect_server: str, tmp_pat
         assert again.returncode == 1
         assert "deployment 'nightly/served': another process serves it" in again.stderr
 
-        post(f"deployments/{nightly['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}})
+        def start() -> str:
+            state = {"state": {"type": "SCHEDULED"}}
+            return str(post(f"deployments/{nightly['id']}/create_flow_run", state)["id"])
+
+        long = start()
+        checkpoints = tmp_path / "runs" / "served" / "teacher" / "checkpoints"
+        wait_for(lambda: list(checkpoints.glob("0*")))
+        serving = psutil.Process(process.pid)
+        assert len(serving.children(recursive=True)) >= 2, "the flow and a loader"
+        post(f"flow_runs/{long}/set_state", {"state": {"type": "CANCELLING"}})
+        wait_for(lambda: "CANCELLED" in states())
+        wait_for(lambda: serving.children(recursive=True) == [])
+
+        write()  # the file is read anew by each run
+        start()
         students = tmp_path / "runs" / "served" / "students.json"
         wait_for(students.exists)
-        query = {"deployments": {"name": {"any_": ["served"]}}}
-
-        def states() -> list[str]:
-            return [run["state_type"] for run in post("flow_runs/filter", query)]
-
         wait_for(lambda: states().count("COMPLETED") == 2)
         [trained] = [
             run

@@ -16,7 +16,9 @@ import yaml
 from rdd_pipeline.config import load_config
 from rdd_pipeline.many_students import Sources, one_after_another, train_student
 from rdd_pipeline.progress import Reporter
+from rdd_pipeline.report import write_report
 from rdd_pipeline.stages import run_maps, run_teacher
+from report_pages import Page
 from tiny import tiny_tree
 
 Rdd = Callable[..., subprocess.CompletedProcess[str]]
@@ -39,6 +41,7 @@ def loader_processes(session: int) -> list[str]:
 def test_killed_midway_and_run_again(rdd: Rdd, prefect_home: Path, tmp_path: Path) -> None:
     tree = tiny_tree(tmp_path / "runs")
     training = tree["student"]["training"]
+    training["snapshots"] = 1
     tree |= {
         "students": [],
         "grid": {
@@ -106,6 +109,19 @@ def test_killed_midway_and_run_again(rdd: Rdd, prefect_home: Path, tmp_path: Pat
     assert [row["method"] for row in comparison["methods"]] == ["supervised", "rdd", "broken"]
     assert comparison["methods"][1]["difference"]["pairs"] == 2
     assert "| rdd | 2 |" in (config.run_dir / "students.md").read_text()
+
+    # No 'rdd run' was here, and there is a report all the same.
+    words = Page(write_report(config.run_dir).read_text(encoding="utf-8")).words
+    for text in (
+        "Methods over seeds",
+        "failed: broken-s1: the loss is",
+        "over supervised, mean and 95% interval",
+        "Students against the teacher, over time",
+        maps.fingerprint,
+        "The hardest images",
+    ):
+        assert text in words
+    assert "What is missing" not in words
 
     # What was killed, resumed and trained on other processes is what one process trains.
     once = config.model_copy(update={"output": tmp_path / "once"})

@@ -15,16 +15,12 @@ from rdd_pipeline.data import build_dataset
 from rdd_pipeline.errors import NonFiniteError
 from rdd_pipeline.networks import build_network, save_weights
 from rdd_pipeline.progress import Reporter
-from rdd_pipeline.stages import TrainedNetwork, forget_digests, run_maps, run_student
+from rdd_pipeline.reuse import TrainedNetwork
+from rdd_pipeline.run_images import forget_digests
+from rdd_pipeline.stages import run_maps, run_student
 from rdd_pipeline.teacher_check import compare_with_teacher
 from rdd_pipeline.teacher_pass import evaluate_batch, evaluate_logits
-from rdd_storage import (
-    MapReader,
-    UnknownArrayError,
-    repair_store,
-    store_status,
-    verify_store,
-)
+from rdd_storage import MapReader, UnknownArrayError, repair_store, store_status, verify_store
 from tiny import tiny_tree
 
 QUIET = Reporter(quiet=True)

@@ -23,7 +23,9 @@ from rdd_pipeline.difficulty import prediction_discrepancy, true_class_probabili
 from rdd_pipeline.errors import ImageReadError, NonFiniteError
 from rdd_pipeline.networks import build_network, load_weights, save_weights
 from rdd_pipeline.progress import Reporter
-from rdd_pipeline.stages import TrainedNetwork, check_data, run_maps, run_student, run_teacher
+from rdd_pipeline.reuse import TrainedNetwork
+from rdd_pipeline.run_images import check_data
+from rdd_pipeline.stages import run_maps, run_student, run_teacher
 from rdd_pipeline.teacher_pass import hardness_codes
 from rdd_storage import (
     MapReader,
@@ -136,7 +138,8 @@ def test_build_killed_with_all_its_workers_resumes_to_the_same_bytes(tmp_path: P
         "from pathlib import Path\n"
         "from rdd_pipeline.config import load_config\n"
         "from rdd_pipeline.progress import Reporter\n"
-        "from rdd_pipeline.stages import TrainedNetwork, run_maps\n"
+        "from rdd_pipeline.reuse import TrainedNetwork\n"
+        "from rdd_pipeline.stages import run_maps\n"
         "if __name__ == '__main__':\n"
         "    weights = Path(sys.argv[2])\n"
         "    teacher = TrainedNetwork(name='t', weights=weights, reused=True, result={})\n"

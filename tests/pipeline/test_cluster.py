@@ -32,7 +32,8 @@ from rdd_pipeline.config import ClusterConfig, parse_config
 from rdd_pipeline.errors import ClusterError, ClusterUnavailableError, ConfigError
 from rdd_pipeline.networks import build_network, save_weights
 from rdd_pipeline.progress import Reporter
-from rdd_pipeline.stages import TrainedNetwork, run_maps
+from rdd_pipeline.reuse import TrainedNetwork
+from rdd_pipeline.stages import run_maps
 from rdd_storage import MapReader, StoreError, lease_holder, store_status, verify_store
 from tiny import tiny_tree
 

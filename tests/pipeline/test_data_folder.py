@@ -11,7 +11,9 @@ from rdd_pipeline.data import IGNORE_INDEX, build_dataset, check_dataset
 from rdd_pipeline.errors import ConfigError, DataError
 from rdd_pipeline.networks import build_network, save_weights
 from rdd_pipeline.progress import Reporter
-from rdd_pipeline.stages import TrainedNetwork, check_data, run_maps, run_student
+from rdd_pipeline.reuse import TrainedNetwork
+from rdd_pipeline.run_images import check_data
+from rdd_pipeline.stages import run_maps, run_student
 from rdd_storage import MapReader
 from tiny import tiny_tree
 

@@ -180,6 +180,20 @@ def test_identity_and_digests_stay_when_the_data_is_moved(made, tmp_path):
     assert len(set(digests)) == len(digests)
 
 
+def test_a_bucket_gives_the_same(made, bucket):
+    config, _ = made
+    url = bucket.upload(config.root)
+    for split in ("train", "val"):
+        local = build_dataset(config, split)
+        dataset = build_dataset(config.model_copy(update={"root": url}), split)
+        check_dataset(dataset)
+        assert dataset.identity() == local.identity()
+        assert dataset.image_ids == local.image_ids
+        assert dataset_digests(dataset) == dataset_digests(local)
+        np.testing.assert_array_equal(dataset[-1].image, local[-1].image)
+        np.testing.assert_array_equal(dataset[-1].label, local[-1].label)
+
+
 def test_a_loader_process_gets_the_same(made):
     dataset = build_dataset(made[0], "train")
     copy = pickle.loads(pickle.dumps(dataset))

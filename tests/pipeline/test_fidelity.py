@@ -21,14 +21,12 @@ from rdd_pipeline.fidelity import (
     measure_fidelity,
 )
 from rdd_pipeline.losses import TeacherSignals
+from rdd_pipeline.machine import machine
 from rdd_pipeline.networks import build_network, save_weights
 from rdd_pipeline.progress import Reporter
-from rdd_pipeline.report.fidelity_tables import (
-    fidelity_markdown,
-    fidelity_tables,
-    write_fidelity,
-)
-from rdd_pipeline.stages import TrainedNetwork, machine, run_maps
+from rdd_pipeline.report.fidelity_tables import fidelity_markdown, fidelity_tables, write_fidelity
+from rdd_pipeline.reuse import TrainedNetwork
+from rdd_pipeline.stages import run_maps
 from rdd_storage import StoreMismatchError
 from tiny import tiny_tree
 

@@ -13,7 +13,9 @@ from rdd_pipeline.config import RunConfig, parse_config
 from rdd_pipeline.data import build_dataset
 from rdd_pipeline.networks import build_network, save_weights
 from rdd_pipeline.progress import Reporter
-from rdd_pipeline.stages import TrainedNetwork, forget_digests, run_maps, run_student
+from rdd_pipeline.reuse import TrainedNetwork
+from rdd_pipeline.run_images import forget_digests
+from rdd_pipeline.stages import run_maps, run_student
 from rdd_pipeline.teacher_check import compare_with_teacher
 from rdd_storage import MapReader, StoreMismatchError, uses, verify_store
 from tiny import tiny_tree

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -34,27 +35,16 @@ from rdd_storage import (
     hardness_table,
     label_boundary,
 )
-from tiny import write_tiny
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two teachers' stores of one data set; not to be changed."""
-    folder = tmp_path_factory.mktemp("inspection")
-    build_store(folder / "a.zarr")
-    build_store(folder / "b.zarr", seed=1, noise=1.5, bits=16, extras=False)
-    write_tiny(folder / "tiny.yaml", folder / "runs")
-    return folder
+def maps(two_stores: Path) -> Maps:
+    return Maps(two_stores / "a.zarr", two_stores / "tiny.yaml")
 
 
 @pytest.fixture(scope="module")
-def maps(folder: Path) -> Maps:
-    return Maps(folder / "a.zarr", folder / "tiny.yaml")
-
-
-@pytest.fixture(scope="module")
-def other(folder: Path) -> Maps:
-    return Maps(folder / "b.zarr")
+def other(two_stores: Path) -> Maps:
+    return Maps(two_stores / "b.zarr")
 
 
 def test_one_image_is_arrays_in_physical_units(maps: Maps, other: Maps) -> None:
@@ -83,7 +73,7 @@ def test_one_image_is_arrays_in_physical_units(maps: Maps, other: Maps) -> None:
     assert np.array_equal(fine.valid, view.valid)
 
 
-def test_what_is_missing_is_said_with_its_remedy(maps: Maps, other: Maps, folder: Path) -> None:
+def test_what_is_missing_is_said_with_its_remedy(maps: Maps, other: Maps, two_stores: Path) -> None:
     view = other[0]
     assert view.prediction.shape == view.size
     for name, option in (("logits", "maps.soft_labels"), ("aux_hardness", "maps.aux_hardness")):
@@ -102,7 +92,7 @@ def test_what_is_missing_is_said_with_its_remedy(maps: Maps, other: Maps, folder
     with pytest.raises(InspectionError, match="without labels"):
         maps.overview("discrepancy")
     with pytest.raises(StoreMismatchError, match=r"seed: expected 0, found 3"):
-        Maps(folder / "a.zarr", data=many_images(3))
+        Maps(two_stores / "a.zarr", data=many_images(3))
     assert "nosuch" not in maps
     assert list(maps) == list(maps.image_ids)
 
@@ -125,10 +115,10 @@ class _Moved(SyntheticDataset):
         return super().digest(index if index else 1)
 
 
-def test_images_that_changed_since_the_build_are_noticed(folder: Path) -> None:
+def test_images_that_changed_since_the_build_are_noticed(two_stores: Path) -> None:
     moved = _Moved(split="train", images=7, height=48, width=80, seed=0)
     moved.image_ids = moved.image_ids[:-1]
-    maps = Maps(folder / "a.zarr", moved)
+    maps = Maps(two_stores / "a.zarr", moved)
     view = maps[0]
     assert "expected digest" in view.problem
     assert view.hardness.shape == view.size
@@ -225,9 +215,15 @@ def test_a_large_summary_is_kept_and_noticed_when_it_is_not_whole(
     monkeypatch.setattr("rdd_pipeline.inspection.summary.FEWEST_CACHED", 5)
     store = build_store(tmp_path / "s.zarr")
     seen: list[int] = []
+    published = Maps(store, progress=seen.append)
+    assert published.summary_is_ready
+    expected = [published.hardest(3, class_name=name).table() for name in (None, "sky")]
+    shutil.rmtree(store / "versions/000001/summary")  # as in stores of earlier versions
     first = Maps(store, progress=seen.append)
     assert not first.summary_is_ready
     ranking = first.hardest(3).table()
+    assert ranking == expected[0]
+    assert first.hardest(3, class_name="sky").table() == expected[1]
     assert sum(seen) == 7
     again = Maps(store, progress=seen.append)
     assert again.summary_is_ready
@@ -266,11 +262,11 @@ def test_quality_from_stored_counts_is_that_of_the_pixels(maps: Maps) -> None:
     assert few["discrepancy"].figures["auroc"].low is None
 
 
-def test_circular_uses_are_refused_or_marked(maps: Maps, other: Maps, folder: Path) -> None:
+def test_circular_uses_are_refused_or_marked(maps: Maps, other: Maps, two_stores: Path) -> None:
     with pytest.raises(CircularScoreError, match="allow_circular"):
         maps.quality(["hardness"])
     with pytest.raises(CircularScoreError):  # the same teacher under another name
-        maps.quality(["hardness"], errors=Maps(folder / "a.zarr"))
+        maps.quality(["hardness"], errors=Maps(two_stores / "a.zarr"))
     marked = maps.quality(["hardness"], allow_circular=True, resamples=0)
     assert [row.name for row in marked.rows if row.circular] == ["hardness"]
     assert "circular" in marked._repr_html_()
@@ -326,6 +322,20 @@ def test_everything_is_shown_in_notebooks_and_figures(maps: Maps, other: Maps) -
     assert shown.count("data:image/png;base64,") == 4
     for html in (maps.hardest(3), report, comparison):
         assert "<table>" in html._repr_html_()
+    lines = repr(maps.hardest(5)).splitlines()
+    assert lines[0] == "Ranking: 5 hardest of 7 images, by mean hardness"
+    assert [line.split()[0] for line in lines[1:]] == ["image_id", *maps.hardest(5).image_ids]
+    for result, start in (
+        (report, "QualityReport: "), (comparison, "StoreComparison: hardness, 7 images; a is "),
+        (maps.distributions(), "ClassDistributions: "), (maps.confusion(), "Confusion: 7 images"),
+        (maps.overview(), "Overview: mean hardness, 7 images"), (maps.summary, "Summary(7 images"),
+        (report["confidence"], "ScoreQuality("),
+    ):  # fmt: skip
+        assert repr(result).startswith(start)
+        assert len(repr(result).splitlines()) <= 14
+        assert "array(" not in repr(result)
+    assert "… 54 more" in repr(maps.confusion())
+    assert maps.view(n=2).images == maps.hardest(2)
     figures = [
         maps[0].figure(), other[0].figure(), maps.hardest(2).figure(),
         maps.distributions().figure(), maps.confusion().figure(), maps.overview().figure(),
@@ -379,8 +389,8 @@ def test_an_unfinished_store_can_be_looked_at(maps: Maps, tmp_path: Path) -> Non
         unfinished.hardest()
 
 
-def test_samples_come_from_the_split_that_the_store_was_built_from(folder: Path) -> None:
-    maps = Maps(folder / "a.zarr", folder / "tiny.yaml")
+def test_samples_come_from_the_split_that_the_store_was_built_from(two_stores: Path) -> None:
+    maps = Maps(two_stores / "a.zarr", two_stores / "tiny.yaml")
     assert maps.source.dataset is not None
     assert maps.source.dataset.split == "train"
     sample = maps.source.sample(maps.image_ids[3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from inspection_stores import build_store, tiny_dataset
+from inspection_stores import tiny_dataset
 from rdd_pipeline.difficulty import true_class_probability
 from rdd_pipeline.errors import CheckpointError
 from rdd_pipeline.export import describe_network, load_trained
@@ -37,9 +38,9 @@ def _trained(folder: Path) -> Path:
     return folder
 
 
-def test_student_history_is_that_of_its_pixels(tmp_path: Path) -> None:
+def test_student_history_is_that_of_its_pixels(two_stores: Path, tmp_path: Path) -> None:
     trained = _trained(tmp_path / "student")
-    maps = Maps(build_store(tmp_path / "s.zarr"), tiny_dataset())
+    maps = Maps(two_stores / "a.zarr", tiny_dataset())
     history = maps.student_history(trained, images=2)
     assert history.image_ids == (maps.image_ids[0], maps.image_ids[-1])
     assert [step.iteration for step in history.steps] == [2, 4, None]
@@ -64,14 +65,23 @@ def test_student_history_is_that_of_its_pixels(tmp_path: Path) -> None:
         np.add.at(joint, pairs, 1)
     assert np.array_equal(final.joint, joint)
     assert final.spearman == spearman_from_counts(joint)
+    assert final.relative == final.student_alone + final.teacher_alone
     assert final.both + final.student_alone == pytest.approx(joint[:, 137:].sum() / joint.sum())
     assert [row["iteration"] for row in history.table()] == [2, 4, None]
+
+    shutil.copytree(trained / "checkpoints" / "00000002", trained / "snapshots" / "00000002")
+    (snapshot,) = (trained / "snapshots" / "00000002").iterdir()
+    snapshot.rename(snapshot.with_name("weights.safetensors"))
+    kept, again = maps.student_history(trained, images=2).steps
+    assert (kept.iteration, again.iteration) == (2, None)
+    assert np.array_equal(kept.joint, flat.joint)
+    assert np.array_equal(again.joint, final.joint)
     assert history.figure()._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
 
 
-def test_student_history_refuses_what_it_cannot_use(tmp_path: Path) -> None:
+def test_student_history_refuses_what_it_cannot_use(two_stores: Path, tmp_path: Path) -> None:
     trained = _trained(tmp_path / "student")
-    store = build_store(tmp_path / "s.zarr")
+    store = two_stores / "a.zarr"
     with pytest.raises(DataNeededError, match="labels"):
         Maps(store).student_history(trained)
     maps = Maps(store, tiny_dataset())

@@ -276,9 +276,11 @@ def test_fiftyone_fields_place_each_mask_in_its_box(found: LabelErrors, tmp_path
             error = found[detection["rank"] - 1]
             ranks.append(detection["rank"])
             x, y, w, h = detection["bounding_box"]
-            left, top = round(x * WIDTH), round(y * HEIGHT)
+            # FiftyOne rounds down.
+            rows = slice(int(y * HEIGHT), int((y + h) * HEIGHT))
+            columns = slice(int(x * WIDTH), int((x + w) * WIDTH))
             mask = np.zeros((HEIGHT, WIDTH), bool)
-            mask[top : top + round(h * HEIGHT), left : left + round(w * WIDTH)] = detection["mask"]
+            mask[rows, columns] = detection["mask"]
             assert np.array_equal(mask, error.mask)
             assert (detection["label"], detection["given_label"]) == (
                 error.suggestion, error.label,

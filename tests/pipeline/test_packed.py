@@ -24,7 +24,9 @@ from rdd_pipeline.data import (
 )
 from rdd_pipeline.errors import DataError, ImageReadError
 from rdd_pipeline.progress import Reporter
-from rdd_pipeline.stages import TrainedNetwork, forget_digests, run_teacher
+from rdd_pipeline.reuse import TrainedNetwork
+from rdd_pipeline.run_images import forget_digests
+from rdd_pipeline.stages import run_teacher
 from rdd_storage import PackWriter, StoreFormatError, StoreIncompleteError, verify_store
 from tiny import tiny_tree
 

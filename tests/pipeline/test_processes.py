@@ -65,7 +65,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(store: str, tmp_path: P
     config = parse_config(one)
     single = run_student(config, config.students[2], store, QUIET)
 
-    two = tree_of(tmp_path / "two", batch_size=2, iterations=10)
+    two = tree_of(tmp_path / "two", batch_size=2, iterations=10, snapshots=3)
     two["students"] = one["students"]
     command = launch(two, tmp_path, "--store", store)
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
@@ -85,6 +85,10 @@ def test_two_processes_train_as_one_with_the_whole_batch(store: str, tmp_path: P
     # All images are evaluated, each by one process.
     pixels = [sum(map(sum, r["metrics"]["confusion"])) for r in (result, single.result)]
     assert pixels[0] == pixels[1]
+    # The main process keeps the snapshots and looks at them.
+    snapshots = sorted(path.name for path in (folder / "snapshots").iterdir())
+    assert snapshots == ["00000002", "00000005", "00000008"]
+    assert [entry["iteration"] for entry in result["difficulty_history"]] == [2, 5, 8, 10]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -12,9 +12,11 @@ import pytest
 from rdd_pipeline.comparison import Outcome, comparison_tree
 from rdd_pipeline.config import parse_config
 from rdd_pipeline.errors import CheckpointError
+from rdd_pipeline.report import write_report as report_of
 from rdd_pipeline.report import write_run_report
 from rdd_pipeline.report.curves import MAX_POINTS, Line, line_chart, thinned
 from rdd_pipeline.report.panels import Panel, PictureBook, image_panels
+from rdd_pipeline.report.run_section import difficulty_charts
 from report_pages import (
     CONFIG,
     Page,
@@ -245,9 +247,15 @@ def test_store_facts_match_the_store(run_dir: Path, results: dict[str, Any]) -> 
 def test_curves_and_diagnostics_are_drawn_with_the_stage_switch(
     run_dir: Path, results: dict[str, Any]
 ) -> None:
+    for student, mean in zip(results["students"], (0.4, 0.5), strict=True):
+        student["difficulty_history"] = [
+            {"iteration": i, "spearman": None if i == 10 else 0.5, "student_mean": mean,
+             "teacher_mean": 0.3, "relative": 0.2}
+            for i in (10, 20, 40)
+        ]  # fmt: skip
     _, page = write_report(run_dir, results)
     titles = [svg["aria-label"] for svg in page.all("svg")]
-    assert titles[:8] == [
+    assert titles[:11] == [
         "teacher: loss",
         "supervised: loss",
         "rdd: loss",
@@ -256,7 +264,11 @@ def test_curves_and_diagnostics_are_drawn_with_the_stage_switch(
         "hard threshold tau",
         "empty masks",
         "teacher XOR student (trained on): share of each class's pixels",
+        "rank correlation with the teacher's hardness",
+        "mean hardness",
+        "share of pixels hard for student or teacher alone",
     ]
+    assert difficulty_charts({"students": [{"difficulty_history": []}, {}]}) == ()
     assert page.words.count("stage 2") - page.words.count("stage 2 (TSE)") == 5
     for label in ("teacher XOR student (trained on)", "hard for both", "stage 1 (TFE)"):
         assert label in page.words
@@ -299,6 +311,33 @@ def test_methods_are_compared_over_seeds_with_their_intervals(
     assert not list(external_references(html))
     labels = [attributes.get("aria-label") for attributes in page.all("svg")]
     assert "mIoU over supervised, mean and 95% interval" in labels
+
+
+def test_students_alone_have_a_report(
+    run_dir: Path, results: dict[str, Any], tmp_path: Path
+) -> None:
+    """As ``rdd students`` leaves them where none reads maps."""
+    config = parse_config(copy.deepcopy(CONFIG))
+    for entry in results["students"]:
+        entry["settings"] |= {"store": None, "teacher": None}
+        folder = tmp_path / "students" / entry["name"]
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(entry))
+    outcomes = [Outcome(student=entry["name"], result=entry) for entry in results["students"]]
+    tree = comparison_tree(config, outcomes)
+    file = tmp_path / "students.json"
+    file.write_text(json.dumps(tree))
+    with pytest.raises(CheckpointError, match="run the same 'rdd students' again"):
+        report_of(tmp_path, images=0)
+
+    facts = {key: results[key] for key in ("finished", "machine", "config", "data")}
+    file.write_text(json.dumps(tree | facts | {"store": None}))
+    page = Page(report_of(tmp_path, images=0).read_text(encoding="utf-8"))
+    for text in ("Methods over seeds", "Every method was trained once", "0.4321", "rdd: loss"):
+        assert text in page.words
+    assert "Map store" not in page.words
+    assert "peak memory" not in page.words
+    assert "over time" not in page.words
 
 
 def test_hardest_images_come_first_with_all_panels(run_dir: Path, results: dict[str, Any]) -> None:

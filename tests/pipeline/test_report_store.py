@@ -93,7 +93,7 @@ def test_errors_say_what_to_do(store: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             write_report(path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"the same 'rdd run' finishes it"):
+    with pytest.raises(ConfigError, match=r"the same 'rdd run' or 'rdd students' finishes"):
         write_report(tmp_path)
     other = parse_config(CONFIG | {"data": CONFIG["data"] | {"seed": 1}}).data  # type: ignore[operator]
     with pytest.raises(StoreMismatchError, match="seed"):

@@ -16,11 +16,12 @@ import yaml
 from rdd_pipeline.build import BuildResult
 from rdd_pipeline.config import RunConfig, parse_config
 from rdd_pipeline.errors import CheckpointError, ConfigError, NonFiniteError
+from rdd_pipeline.inspection import Maps
 from rdd_pipeline.networks import load_state
 from rdd_pipeline.progress import Reporter
 from rdd_pipeline.stages import run_maps, run_student, run_teacher
-from rdd_pipeline.trainer import poly_schedule
 from rdd_pipeline.training_log import Averages
+from rdd_pipeline.training_setup import poly_schedule
 from rdd_storage import StoreMismatchError
 from tiny import tiny_config, tiny_tree
 
@@ -61,7 +62,10 @@ def test_both_stages_leave_their_diagnostics(
 ) -> None:
     config, maps = built
     rdd = next(student for student in config.students if student.name == "rdd")
-    result = run_student(with_output(config, tmp_path), rdd, maps.path, QUIET).result
+    training = config.student.training.model_copy(update={"snapshots": 2})
+    rdd = rdd.model_copy(update={"training": training})
+    trained = run_student(with_output(config, tmp_path), rdd, maps.path, QUIET)
+    result, folder = trained.result, trained.weights.parent
     history = result["history"]
     first, last = history[0], history[-1]
     assert first["tfe_share"] == 1.0
@@ -77,6 +81,17 @@ def test_both_stages_leave_their_diagnostics(
     shares = [share for share in classes[-1]["relative"] if share is not None]
     assert shares
     assert all(0.0 <= share <= 1.0 for share in shares)
+
+    over_time = result["difficulty_history"]
+    assert [entry["iteration"] for entry in over_time] == [2, 4, 6]
+    maps_of_run = Maps(maps.path, config)
+    earlier, _, end = maps_of_run.student_history(folder).table()
+    assert over_time[-1] == end | {"iteration": 6}
+    # A snapshot is a network like any other.
+    snapshot = folder / "snapshots" / "00000002"
+    alone = maps_of_run.student_history(snapshot).table()[-1]
+    assert alone == earlier | {"iteration": None} != end
+    assert over_time[1] | {"iteration": 6} != over_time[2]
 
 
 def test_classes_are_counted_over_batches() -> None:
@@ -159,15 +174,19 @@ def test_changed_settings_train_anew_and_keep_the_earlier_result(
 
 
 def test_settings_that_only_watch_do_not_retrain(
-    built: tuple[RunConfig, BuildResult], tmp_path: Path
+    built: tuple[RunConfig, BuildResult], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config, _ = built
     config = with_output(config, tmp_path)
     run_student(config, config.students[0], None, QUIET)
-    training = config.student.training.model_copy(update={"log_every": 3, "workers": 1})
+    training = config.student.training.model_copy(
+        update={"log_every": 3, "workers": 1, "snapshots": 2}
+    )
     student = config.student.model_copy(update={"training": training})
     again = config.model_copy(update={"student": student})
-    assert run_student(again, config.students[0], None, QUIET).reused
+    with caplog.at_level("INFO", "rdd"):
+        assert run_student(again, config.students[0], None, QUIET).reused
+    assert "was trained without training.snapshots" in caplog.text
 
 
 def test_distilled_student_needs_a_store(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from rdd_pipeline.stages import run_student
 from rdd_pipeline.student import prepare_student
 from rdd_pipeline.trainer import Loss, TrainingResult, train
 from rdd_pipeline.training_log import Pace
+from rdd_pipeline.training_state import Snapshots, snapshot_folders
 from tiny import tiny_tree
 
 QUIET = Reporter(quiet=True)
@@ -134,6 +135,20 @@ def test_average_of_weights_is_the_one_computed_by_hand(tmp_path: Path) -> None:
     assert any(not torch.equal(saved[name], steps[-1][name]) for name in saved)
 
 
+@pytest.mark.parametrize(
+    ("count", "expected"), [(0, []), (1, [5]), (3, [2, 5, 8]), (20, range(1, 10))]
+)
+def test_snapshots_are_spread_over_the_training(
+    tmp_path: Path, count: int, expected: Iterable[int]
+) -> None:
+    snapshots = Snapshots(tmp_path, count, 10)
+    assert [i for i in range(11) if snapshots.due(i)] == list(expected)
+    for iteration in (2, 9, 12):
+        snapshots.save(torch.nn.Linear(1, 1), iteration)
+    snapshots.drop_after(9)
+    assert [path.name for path in snapshot_folders(tmp_path)] == ["00000002", "00000009"]
+
+
 class Killed(BaseException):
     """As sudden as a signal."""
 
@@ -158,6 +173,7 @@ def test_resume_is_exact_with_averaged_weights_and_accumulation(tmp_path: Path) 
         "channels_last": True,
         "precision": "bf16",
         "evaluate_every": 2,
+        "snapshots": 5,
     }
     whole, expected = trained(tmp_path / "whole", **options)
     with pytest.raises(Killed):
@@ -167,6 +183,12 @@ def test_resume_is_exact_with_averaged_weights_and_accumulation(tmp_path: Path) 
     assert resumed.history == whole.history
     assert resumed.evaluations == whole.evaluations
     assert (resumed.best_iteration, resumed.best_miou) == (2, 1.0)
+    kept = [
+        {path.parent.name: path.read_bytes() for path in folder.glob("snapshots/*/*")}
+        for folder in (tmp_path / "whole", tmp_path / "cut")
+    ]
+    assert sorted(kept[0]) == [f"{iteration:08d}" for iteration in range(1, 6)]
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize("option", [{"channels_last": True}, {"precision": "bf16"}])

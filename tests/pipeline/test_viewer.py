@@ -15,7 +15,6 @@ from comm.base_comm import BaseComm
 from numpy.typing import NDArray
 
 from browser import run_page
-from inspection_stores import build_store
 from rdd_pipeline.inspection import EmptySelectionError, InspectionError, Maps
 from rdd_pipeline.inspection.pictures import scale_picture
 from rdd_pipeline.inspection.viewer import (
@@ -26,7 +25,6 @@ from rdd_pipeline.inspection.viewer import (
     viewer_record,
 )
 from rdd_storage import UnknownImageError, hardness_table
-from tiny import write_tiny
 
 # What the scripts below share: the viewer of an element, keys, and waiting for an image.
 TOOLS = """
@@ -53,23 +51,14 @@ const quantities = (viewer) => Object.fromEntries(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("viewer")
-    build_store(folder / "a.zarr")
-    build_store(folder / "b.zarr", seed=1, noise=1.5, bits=16, extras=False)
-    write_tiny(folder / "tiny.yaml", folder / "runs")
-    return folder
+def maps(two_stores: Path) -> Maps:
+    return Maps(two_stores / "a.zarr", two_stores / "tiny.yaml")
 
 
 @pytest.fixture(scope="module")
-def maps(folder: Path) -> Maps:
-    return Maps(folder / "a.zarr", folder / "tiny.yaml")
-
-
-@pytest.fixture(scope="module")
-def bare(folder: Path) -> Maps:
+def bare(two_stores: Path) -> Maps:
     """16-bit hardness, and no data set."""
-    return Maps(folder / "b.zarr")
+    return Maps(two_stores / "b.zarr")
 
 
 def test_the_page_shows_the_values_of_the_maps(maps: Maps, tmp_path: Path) -> None:
@@ -150,10 +139,12 @@ def test_keys_and_pointer(maps: Maps, tmp_path: Path) -> None:
       found.fit = state.view.zoom;
       press(viewer, "q");
       found.quantity = [state.quantity, root.querySelectorAll("select")[3].value];
+      const help = () => getComputedStyle(root.querySelector(".rddv-help")).display;
+      found.help = [help()];
       press(viewer, "?");
-      found.help = [root.querySelector(".rddv-help").hidden];
+      found.help.push(help());
       press(viewer, "Escape");
-      found.help.push(root.querySelector(".rddv-help").hidden);
+      found.help.push(help());
       state.cursor = [9, 4];
       press(viewer, "ArrowRight", { shiftKey: true });
       press(viewer, "ArrowDown", { shiftKey: true });
@@ -174,6 +165,9 @@ def test_keys_and_pointer(maps: Maps, tmp_path: Path) -> None:
         clientY: box.top + (y + 0.5) * box.height / 48, bubbles: true });
       canvases[1].dispatchEvent(new PointerEvent("pointermove", at(33, 20)));
       found.cursor = [...state.cursor];
+      const edges = [root, root.querySelector(".rddv-tip")].map(
+        (each) => each.getBoundingClientRect().bottom);
+      found.tipInside = edges[1] <= edges[0];
       found.tip = Array.from(root.querySelectorAll(".rddv-tip div"),
         (row) => Array.from(row.children, (cell) => cell.textContent));
       viewer.drawNow();
@@ -204,7 +198,7 @@ def test_keys_and_pointer(maps: Maps, tmp_path: Path) -> None:
     assert found["opacity"] == 0.5
     assert (found["zoom"], found["fit"]) == (1.5, 1)
     assert found["quantity"] == ["uncertainty", "uncertainty"]
-    assert found["help"] == [False, True]
+    assert found["help"] == ["none", "grid", "none"]
     assert found["keyCursor"] == [10, 5]
     assert found["said"].startswith("pixel x 10, y 5, label ")
     assert found["sliderKeepsArrows"] == [False, 0]
@@ -226,6 +220,7 @@ def test_keys_and_pointer(maps: Maps, tmp_path: Path) -> None:
         ["discrepancy D", f"{nearest:.3f} nats"],
         ["weight exp(−D)", f"{view.weight[20, 33]:.3f}"],
     ]
+    assert found["tipInside"]  # below a cell's output nothing is shown
     assert found["line"] == 255
     present = sorted({*view.prediction.ravel(), *view.label.ravel()} - {255})
     assert found["classes"] == [maps.class_names[index] for index in present]

@@ -171,6 +171,7 @@ def test_killed_additions_resume_to_the_same_bytes(
     assert set(killed) == {-signal.SIGKILL}
     assert (last, len(killed) > 5) == (0, True)
     assert objects(path) == objects(store)
+    assert MapReader(path).summary() is not None
     assert verify_store(path).ok
 
 

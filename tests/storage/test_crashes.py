@@ -130,6 +130,7 @@ def test_killed_builds_resume_to_the_same_bytes(
         crash_builds.build(str(tmp_path / "whole.zarr"), version)
         duration = time.perf_counter() - began
         expected[version] = contents(tmp_path / "whole.zarr")
+        assert MapReader(tmp_path / "whole.zarr").summary() is not None
     allowed = {0, -signal.SIGKILL, crash_builds.ALONE, crash_builds.LEASE_LOST}
     rng = random.Random(20)
     kills = {"operation": 0, "all": 0, "orphans": 0}

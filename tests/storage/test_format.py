@@ -114,7 +114,7 @@ def test_plain_zarr_knows_every_object(store: Path) -> None:
     """Warnings are errors here; an object that Zarr does not recognise would warn."""
     group = zarr.open_group(store, mode="r", use_consolidated=False)
     names = {name for name, _ in group.members(max_depth=None)}
-    assert {"hardness", "statistics/confusion", "versions/000001"} <= names
+    assert {"hardness", "statistics/confusion", "versions/000001/summary/counts"} <= names
     hardness = group["hardness"]
     assert isinstance(hardness, zarr.Array)
     assert hardness.shards == (2, 20, 28)
@@ -182,6 +182,16 @@ assert {name: node.sizes["image"] for name, node in tree.items()} == {"train": 5
 image = tree["train"].to_dataset().sel(image="scene/4")
 assert float(image.hardness[10, 10]) >= 0 and int(image.height) == 19
 assert tree["val/confidence"].sel(image="image2").attrs["units"] == "1"
+ds = xarray.open_zarr(sys.argv[1], group="versions/000001/summary", consolidated=False)
+assert dict(ds.sizes) == {
+    "count": 2, "class_or_all": 4, "place": 5, "measure": 4, "quantity": 2, "class": 3,
+    "region": 2, "hardness_code": 251, "predicted_class": 3, "outcome": 3,
+    "discrepancy_bin": 248, "correct": 2, "confidence_code": 255}
+assert ds.measures.attrs["names"] == ["mean", "p95", "soft_min", "hard_share"]
+mean = tree["train"].to_dataset().hardness.mean(["y", "x"])
+assert abs(ds.measures[0, -1].values - mean.values).max() < 1e-5
+assert int(ds.confusion.sum()) == int(ds.counts[0, -1].sum())
+xarray.open_datatree(sys.argv[1], engine="zarr", consolidated=False)
 """
 
 

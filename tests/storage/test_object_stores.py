@@ -255,3 +255,8 @@ class TestFaults:
         shards = list(reader.iter_shards(["prediction"]))
         assert [len(shard.image_ids) for shard in shards] == [2, 2, 1]
         assert len(s3.requests) == 6  # an index and a range of chunks for each
+        s3.reset_requests()
+        summary = reader.summary()
+        assert summary is not None
+        assert summary.of_class(0).pixels.shape == (5,)
+        assert len(s3.requests) == 6  # what vouches, two indices, two ranges, one whole object

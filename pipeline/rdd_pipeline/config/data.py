@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from rdd_pipeline.config._base import Count, Model
+from rdd_storage import LocationError
+from rdd_storage.location import locate
 
 
 class _Data(Model):
@@ -19,6 +21,28 @@ class _Data(Model):
     not all."""
     packed_root: str = "packed"
     """Folder or URL that holds the packs."""
+
+
+def _root(value: object) -> Path | str:
+    """A path, or the text of an object store's URL, which no path can hold."""
+    if not isinstance(value, str | Path):
+        raise ValueError("expected a folder, or a URL such as s3://bucket/path")
+    try:
+        url = locate(value).url
+    except LocationError as error:  # the message keeps silent about passwords; so does this
+        raise ValueError(f"expected a folder or URL: {error}") from None
+    return str(value) if "://" in url else Path(url)
+
+
+_Root = Annotated[Path | str, PlainValidator(_root, json_schema_input_type=str)]
+
+
+class _Files(_Data):
+    """What data sets of files have."""
+
+    read_all: bool = False
+    """Whether every file is read to see whether it has changed and is in order. By default those
+    are not whose size and times, or in object stores ETag, are those that an earlier run found."""
 
 
 class SyntheticData(_Data):
@@ -33,30 +57,30 @@ class SyntheticData(_Data):
     """Seed of the scenes; independent of the training seed."""
 
 
-class CamVidData(_Data):
+class CamVidData(_Files):
     """CamVid in the SegNet layout: ``train``, ``trainannot``, ``val``, ``valannot`` folders."""
 
     type: Literal["camvid"] = "camvid"
-    root: Path
-    """Folder that holds the four folders."""
+    root: _Root
+    """Folder, or URL in an object store, that holds the four folders."""
     train_split: str = "train"
     val_split: str = "val"
 
 
-class CityscapesData(_Data):
+class CityscapesData(_Files):
     """Cityscapes with fine labels: folders ``leftImg8bit`` and ``gtFine``; 19 classes."""
 
     type: Literal["cityscapes"] = "cityscapes"
-    root: Path
+    root: _Root
     train_split: str = "train"
     val_split: str = "val"
 
 
-class VOCData(_Data):
+class VOCData(_Files):
     """Pascal VOC 2012, augmented with the Semantic Boundaries Dataset; 21 classes."""
 
     type: Literal["voc"] = "voc"
-    root: Path
+    root: _Root
     """The folder ``VOCdevkit/VOC2012``."""
     train_split: str = "train_aug"
     """A list in ``ImageSets/Segmentation``. Names that end with ``aug`` take their labels from
@@ -64,20 +88,20 @@ class VOCData(_Data):
     val_split: str = "val"
 
 
-class ADE20KData(_Data):
+class ADE20KData(_Files):
     """ADE20K scene parsing, the folder ``ADEChallengeData2016``; 150 classes."""
 
     type: Literal["ade20k"] = "ade20k"
-    root: Path
+    root: _Root
     train_split: str = "training"
     val_split: str = "validation"
 
 
-class COCOStuffData(_Data):
+class COCOStuffData(_Files):
     """COCO-Stuff 164k: ``images`` and the stuff-and-thing maps; 171 classes."""
 
     type: Literal["cocostuff"] = "cocostuff"
-    root: Path
+    root: _Root
     labels: str = "annotations"
     """Folder below ``root`` that the maps were unpacked to."""
     train_split: str = "train2017"
@@ -153,17 +177,19 @@ class FolderSplit(Model):
     """Where the files of one split are."""
 
     images: str
-    """A folder, or a pattern such as ``images/train/**/*.jpg``; relative to ``root``."""
+    """A folder, or a pattern such as ``images/train/**/*.jpg``; relative to ``root``, or a whole
+    path or URL."""
     labels: str
 
 
-class FolderData(_LabelTable):
+class FolderData(_Files, _LabelTable):
     """Any folders of images and labels of the same names."""
 
     type: Literal["folder"] = "folder"
     name: _Slug = "folder"
     """Part of the names of the map stores."""
-    root: Path = Path()
+    root: _Root = Path()
+    """Folder, or URL in an object store, in which relative folders begin."""
     train: FolderSplit
     val: FolderSplit
     image_suffix: str = ""

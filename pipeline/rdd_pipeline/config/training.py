@@ -89,6 +89,9 @@ class TrainingConfig(Model):
     keep_best: bool = True
     """Keep the weights of the best evaluation in ``best``; does nothing without
     ``evaluate_every``."""
+    snapshots: Annotated[int, Field(ge=0)] = 0
+    """Weights to keep on the way, spread evenly over the training, beside those of its end. Each
+    takes as many bytes as ``weights.safetensors``."""
     overlays: Annotated[int, Field(ge=0)] = 4
     """Validation images shown in TensorBoard at each evaluation."""
     log_every: Count = 10

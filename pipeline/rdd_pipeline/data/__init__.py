@@ -31,14 +31,9 @@ from rdd_pipeline.data.cityscapes import open_cityscapes
 from rdd_pipeline.data.cocostuff import open_cocostuff
 from rdd_pipeline.data.folder import open_folder
 from rdd_pipeline.data.huggingface import HuggingFaceDataset
-from rdd_pipeline.data.packed import (
-    PackedDataset,
-    PackResult,
-    from_pack,
-    pack_dataset,
-    pack_path,
-)
+from rdd_pipeline.data.packed import PackedDataset, PackResult, from_pack, pack_dataset, pack_path
 from rdd_pipeline.data.pairs import FileDataset
+from rdd_pipeline.data.places import open_place
 from rdd_pipeline.data.survey import ClassShare, Survey, survey_dataset
 from rdd_pipeline.data.synthetic import SyntheticDataset
 from rdd_pipeline.data.voc import open_voc
@@ -56,6 +51,8 @@ def build_dataset(config: DataConfig, split: Literal["train", "val"]) -> Segment
 
     Raises:
         DataError: Folders or all images are missing; the message shows the expected layout.
+        LocationError: There is no such bucket.
+        StoreUnavailableError, StoreAccessError: The object store does not answer or refuses.
         ConfigError: The data set needs a package that is not installed.
     """
     match config:
@@ -67,22 +64,34 @@ def build_dataset(config: DataConfig, split: Literal["train", "val"]) -> Segment
                 width=config.width,
                 seed=config.seed,
             )
-        case FolderData():
-            return open_folder(config, split)
         case HuggingFaceData():
             return HuggingFaceDataset(config, split)
+        case FolderData():
+            dataset = open_folder(config, split)
+        case _:
+            dataset = _open_layout(config, split)
+    dataset.read_all = config.read_all
+    return dataset
+
+
+def _open_layout(
+    config: CamVidData | CityscapesData | VOCData | ADE20KData | COCOStuffData,
+    split: Literal["train", "val"],
+) -> FileDataset:
+    """One split of a public data set."""
+    root = open_place(config.root)
     name = config.train_split if split == "train" else config.val_split
     match config:
         case CamVidData():
-            return open_camvid(config.root, name)
+            return open_camvid(root, name)
         case CityscapesData():
-            return open_cityscapes(config.root, name)
+            return open_cityscapes(root, name)
         case VOCData():
-            return open_voc(config.root, name)
+            return open_voc(root, name)
         case ADE20KData():
-            return open_ade20k(config.root, name)
+            return open_ade20k(root, name)
         case COCOStuffData():
-            return open_cocostuff(config.root, name, config.labels)
+            return open_cocostuff(root, name, config.labels)
 
 
 __all__ = [

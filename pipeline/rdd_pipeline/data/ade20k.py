@@ -5,8 +5,6 @@ Zhou et al., "Semantic understanding of scenes through the ADE20K dataset", arXi
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rdd_pipeline.data.base import IGNORE_INDEX
 from rdd_pipeline.data.label_maps import LabelMap
 from rdd_pipeline.data.pairs import (
@@ -17,6 +15,7 @@ from rdd_pipeline.data.pairs import (
     tree,
 )
 from rdd_pipeline.data.palettes import hex_palette
+from rdd_pipeline.data.places import Place
 
 ADE20K_CLASSES = (
     "wall", "building", "sky", "floor", "tree", "ceiling", "road", "bed", "windowpane", "grass",
@@ -59,7 +58,7 @@ ADE20K_PALETTE = hex_palette(
 _LABELS = LabelMap({0: IGNORE_INDEX} | {index + 1: index for index in range(len(ADE20K_CLASSES))})
 
 
-def open_ade20k(root: Path, split: str) -> FileDataset:
+def open_ade20k(root: Place, split: str) -> FileDataset:
     """One split of ADE20K.
 
     Args:
@@ -82,4 +81,5 @@ def open_ade20k(root: Path, split: str) -> FileDataset:
         palette=ADE20K_PALETTE,
         label_reader=_LABELS,
         files=require_images(match_folders(images, labels), str(images), layout),
+        listings=root.listings,
     )

@@ -25,6 +25,7 @@ NO_IMAGES = "there are no images; check the settings under data"
 """The problem of a split without images."""
 
 _LISTED_PROBLEMS = 20
+_WAITING_THREADS = 32  # threads that wait for a network take no processor
 
 Result = TypeVar("Result")
 
@@ -70,6 +71,8 @@ class SegmentationDataset(ABC):
     """Names of the images, in index order."""
     class_weights: tuple[float, ...] | None = None
     """Customary weight of each class in the cross-entropy; None where there is no custom."""
+    over_network: bool = False
+    """Whether images come from an object store, so that reading is waiting and threads help."""
 
     @property
     def num_classes(self) -> int:
@@ -128,6 +131,13 @@ class SegmentationDataset(ABC):
             ImageReadError: A file cannot be read.
         """
 
+    def digests(self, progress: Progress | None = None) -> tuple[str, ...]:
+        """:meth:`digest` of all images, in several threads.
+
+        Data sets that can tell which files have not changed since override this.
+        """
+        return tuple(in_threads(self.digest, len(self), progress))
+
     @abstractmethod
     def identity(self) -> dict[str, JSON]:
         """What decides the content apart from the images themselves: classes, label mapping."""
@@ -142,7 +152,7 @@ class SegmentationDataset(ABC):
         Every image and label is decoded, in several threads.
         """
         found = list(self.layout_problems())
-        for lines in in_threads(self._image_problems, len(self), progress):
+        for lines in in_threads(self._image_problems, len(self), progress, self.over_network):
             found += lines
         return found
 
@@ -189,7 +199,8 @@ def dataset_digests(
 ) -> tuple[str, ...]:
     """Digests of all images, in index order, computed in several threads.
 
-    Reads every file once. Compute them in one process only, once for a run.
+    Reads every file once, but for those that a data set of files knows to be unchanged since an
+    earlier time. Compute them in one process only, once for a run.
 
     Args:
         dataset: Whose images.
@@ -198,14 +209,18 @@ def dataset_digests(
     Raises:
         ImageReadError: A file is missing or cannot be read.
     """
-    return tuple(in_threads(dataset.digest, len(dataset), progress))
+    return dataset.digests(progress)
 
 
 def in_threads(
-    function: Callable[[int], Result], count: int, progress: Progress | None
+    function: Callable[[int], Result],
+    count: int,
+    progress: Progress | None,
+    over_network: bool = False,
 ) -> Iterator[Result]:
     """Results of ``function(0..count-1)`` in order; decoding and hashing release the GIL."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    threads = _WAITING_THREADS if over_network else min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
         for result in pool.map(function, range(count)):
             yield result
             if progress is not None:

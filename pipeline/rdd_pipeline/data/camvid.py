@@ -6,8 +6,6 @@ reduced to 11 classes by Badrinarayanan et al., "SegNet", arXiv 1511.00561.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rdd_pipeline.data.base import IGNORE_INDEX
 from rdd_pipeline.data.label_maps import LabelMap
 from rdd_pipeline.data.pairs import (
@@ -17,6 +15,7 @@ from rdd_pipeline.data.pairs import (
     require_images,
     tree,
 )
+from rdd_pipeline.data.places import Place
 
 CAMVID_CLASSES = (
     "Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car",
@@ -34,7 +33,7 @@ _LABELS = LabelMap(
 )
 
 
-def open_camvid(root: Path, split: str) -> FileDataset:
+def open_camvid(root: Place, split: str) -> FileDataset:
     """One split of CamVid: a folder of images and, beside it, one of labels of the same names.
 
     Args:
@@ -60,4 +59,5 @@ def open_camvid(root: Path, split: str) -> FileDataset:
         palette=CAMVID_PALETTE,
         label_reader=_LABELS,
         files=require_images(match_folders(images, labels), str(images), layout),
+        listings=root.listings,
     )

@@ -5,9 +5,6 @@ Cordts et al., "The Cityscapes dataset for semantic urban scene understanding", 
 
 from __future__ import annotations
 
-from os import scandir
-from pathlib import Path
-
 from rdd_pipeline.data.base import IGNORE_INDEX
 from rdd_pipeline.data.label_maps import LabelMap
 from rdd_pipeline.data.pairs import (
@@ -18,6 +15,7 @@ from rdd_pipeline.data.pairs import (
     require_images,
     tree,
 )
+from rdd_pipeline.data.places import Place
 
 CITYSCAPES_CLASSES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
@@ -47,7 +45,7 @@ _LABELS = LabelMap(
 )
 
 
-def open_cityscapes(root: Path, split: str) -> FileDataset:
+def open_cityscapes(root: Place, split: str) -> FileDataset:
     """One split of Cityscapes.
 
     Args:
@@ -65,8 +63,8 @@ def open_cityscapes(root: Path, split: str) -> FileDataset:
     require_folders([images, labels], layout, root=root, inner="cityscapes")
     png = frozenset({".png"})
     files = match_files(
-        [pair for city in _cities(images) for pair in list_names(images / city, png, _IMAGE)],
-        [pair for city in _cities(labels) for pair in list_names(labels / city, png, _LABEL)],
+        [pair for city in images.folders() for pair in list_names(images / city, png, _IMAGE)],
+        [pair for city in labels.folders() for pair in list_names(labels / city, png, _LABEL)],
         expected_image=lambda name: str(images / _city(name) / f"{name}{_IMAGE}.png"),
         expected_label=lambda name: str(labels / _city(name) / f"{name}{_LABEL}.png"),
     )
@@ -78,12 +76,8 @@ def open_cityscapes(root: Path, split: str) -> FileDataset:
         class_weights=CITYSCAPES_CLASS_WEIGHTS,
         label_reader=_LABELS,
         files=require_images(files, f"{images}/*", layout),
+        listings=root.listings,
     )
-
-
-def _cities(folder: Path) -> list[str]:
-    with scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir())
 
 
 def _city(name: str) -> str:

@@ -5,8 +5,6 @@ Caesar, Uijlings, Ferrari, "COCO-Stuff: thing and stuff classes in context", arX
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rdd_pipeline.data.base import IGNORE_INDEX
 from rdd_pipeline.data.label_maps import LabelMap
 from rdd_pipeline.data.pairs import (
@@ -18,6 +16,7 @@ from rdd_pipeline.data.pairs import (
     tree,
 )
 from rdd_pipeline.data.palettes import bit_palette
+from rdd_pipeline.data.places import Place
 from rdd_pipeline.data.reading import IMAGE_SUFFIXES
 
 COCOSTUFF_CLASSES = (
@@ -53,7 +52,7 @@ _LABELS = LabelMap(
 )
 
 
-def open_cocostuff(root: Path, split: str, labels: str = "annotations") -> FileDataset:
+def open_cocostuff(root: Place, split: str, labels: str = "annotations") -> FileDataset:
     """One split of COCO-Stuff.
 
     Args:
@@ -69,7 +68,7 @@ def open_cocostuff(root: Path, split: str, labels: str = "annotations") -> FileD
         (f"{labels}/{split}/000000000139.png", "labels: 0-181, 255 = unlabelled"),
     )
     image_folder, label_folder = root / "images" / split, root / labels / split
-    if not label_folder.exists() and image_folder.is_dir():
+    if not label_folder.exists() and image_folder.is_folder():
         layout += (
             "\ndata.labels names the folder that stuffthingmaps_trainval2017.zip was unpacked to."
         )
@@ -92,4 +91,5 @@ def open_cocostuff(root: Path, split: str, labels: str = "annotations") -> FileD
         palette=COCOSTUFF_PALETTE,
         label_reader=_LABELS,
         files=require_images(files, str(image_folder), layout),
+        listings=root.listings,
     )

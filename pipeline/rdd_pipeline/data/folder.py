@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Literal
-
-from PIL import Image
 
 from rdd_pipeline.config import FolderData
 from rdd_pipeline.data.label_maps import ColourMap, LabelMap
 from rdd_pipeline.data.pairs import FileDataset, FilePairs, list_names, match_files
 from rdd_pipeline.data.palettes import Palette, bit_palette
-from rdd_pipeline.data.reading import IMAGE_SUFFIXES, LABEL_SUFFIXES
-from rdd_pipeline.errors import DataError
+from rdd_pipeline.data.places import Place, open_place
+from rdd_pipeline.data.reading import IMAGE_SUFFIXES, LABEL_SUFFIXES, read_palette, source_of
+from rdd_pipeline.errors import DataError, ImageReadError
 
 _EXAMPLES = 3
 
@@ -34,9 +33,10 @@ def open_folder(config: FolderData, split: Literal["train", "val"]) -> FileDatas
         DataError: There are no images or no labels, or none belong together.
     """
     where = config.train if split == "train" else config.val
+    root = open_place(config.root)
     found = {
-        "images": _Files(config.root, where.images, IMAGE_SUFFIXES, config.image_suffix),
-        "labels": _Files(config.root, where.labels, LABEL_SUFFIXES, config.label_suffix),
+        "images": _Files(root, where.images, IMAGE_SUFFIXES, config.image_suffix),
+        "labels": _Files(root, where.labels, LABEL_SUFFIXES, config.label_suffix),
     }
     for key, files in found.items():
         if not files.files:
@@ -53,7 +53,7 @@ def open_folder(config: FolderData, split: Literal["train", "val"]) -> FileDatas
     palette = config.palette
     if palette is None:
         first = next(i for i, name in enumerate(pairs.image_ids) if name not in pairs.unlabelled)
-        palette = _palette_of(Path(pairs.labels[first]), config)
+        palette = _palette_of(pairs.labels[first], config)
     return FileDataset(
         name=config.name,
         split=split,
@@ -63,30 +63,30 @@ def open_folder(config: FolderData, split: Literal["train", "val"]) -> FileDatas
         if colours
         else LabelMap(config.label_values()),
         files=pairs,
+        listings=root.listings,
     )
 
 
 class _Files:
     """The files that a folder or pattern of the configuration means."""
 
-    def __init__(self, root: Path, pattern: str, suffixes: frozenset[str], ending: str) -> None:
+    def __init__(self, root: Place, pattern: str, suffixes: frozenset[str], ending: str) -> None:
         self._suffixes, self._ending = suffixes, ending
         self._whole = whole = root / pattern
         # Names begin after the part without wildcards, so that they stay when data is moved.
-        parts = Path(pattern).parts
+        scheme, separator, path = pattern.rpartition("://")
+        parts = PurePath(path).parts
         fixed = next((i for i, part in enumerate(parts) if _is_wild(part)), len(parts))
-        if whole.is_dir():
+        if whole.is_folder():
             self._base = whole
             self.files = list_names(whole, suffixes, ending)
             return
         fixed = min(fixed, len(parts) - 1)  # a pattern that names one file
-        self._base = root / Path(*parts[:fixed])
+        self._base = root / f"{scheme}{separator}{PurePath(*parts[:fixed])}"
         start = len(str(self._base / "x")) - 1
-        # As strings: a hundred thousand paths would take seconds to sort and take apart.
-        found = sorted(map(str, self._base.glob(str(PurePath(*parts[fixed:])))))
         self.files = [
             (name.removesuffix(ending), path)
-            for path in found
+            for path in self._base.glob(str(PurePath(*parts[fixed:])))
             for stem, dot, suffix in (path.rpartition("."),)
             for name in (stem[start:].replace(os.sep, "/"),)
             if dot + suffix.lower() in suffixes
@@ -95,12 +95,12 @@ class _Files:
         ]
 
     def expected(self, name: str) -> str:
-        suffix = Path(self.files[0][1]).suffix if self.files else ".png"
+        suffix = PurePath(self.files[0][1]).suffix if self.files else ".png"
         return f"{self._base / (name + self._ending)}{suffix}"
 
     def why_none(self) -> str:
         ending = f" whose names end with '{self._ending}'" if self._ending else ""
-        if not self._base.is_dir():
+        if not self._base.is_folder():
             return f"no folder {self._base}; expected a folder of files, or a pattern such as *.png"
         return (
             f"{self._whole} matches no files{ending} with the suffixes "
@@ -125,14 +125,13 @@ def _no_match(split: str, pairs: FilePairs, labels: Sequence[str]) -> str:
     )
 
 
-def _palette_of(label: Path, config: FolderData) -> Palette:
+def _palette_of(label: str, config: FolderData) -> Palette:
     """Colours of a palette image, if it has different ones for all classes; else made ones."""
     made = bit_palette(len(config.classes))
     numbers = {index: n for n, index in reversed(config.label_values().items())}
     try:
-        with Image.open(label) as image:
-            stored = image.getpalette("RGB") if image.mode == "P" else None
-    except (OSError, SyntaxError, ValueError):  # damage is named by the check of the files
+        stored = read_palette(source_of(label))
+    except ImageReadError:  # damage is named by the check of the files
         return made
     colours = [
         tuple((stored or [])[3 * numbers[index] : 3 * numbers[index] + 3])

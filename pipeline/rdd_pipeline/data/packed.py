@@ -47,6 +47,7 @@ from rdd_storage import (
 
 _COMMAND = "'rdd data pack CONFIG'"
 _MEMORY = 2 * 2**30  # bytes that the shards under way may take together
+_WAITING = 4  # threads for each core where they wait for an object store
 _COPIES = 3  # of a shard's pixels: decoded, padded side by side, compressed
 
 
@@ -73,6 +74,7 @@ class PackedDataset(SegmentationDataset):
         self.palette = files.palette
         self.image_ids = files.image_ids
         self.class_weights = files.class_weights
+        self.over_network = files.over_network
         self.reader = reader
         self.packed = frozenset(packed)
 
@@ -102,6 +104,10 @@ class PackedDataset(SegmentationDataset):
     def digest(self, index: int) -> str:
         """That of the files."""
         return self.files.digest(index)
+
+    def digests(self, progress: Progress | None = None) -> tuple[str, ...]:
+        """Those of the files."""
+        return self.files.digests(progress)
 
     def identity(self) -> dict[str, JSON]:
         """That of the files: a pack changes nothing that a result depends on."""
@@ -185,7 +191,10 @@ def pack_dataset(
     records = [
         ImageRecord(image_id=image_id, height=height, width=width, digest=digest)
         for image_id, (height, width), digest in zip(
-            dataset.image_ids, in_threads(dataset.size, len(dataset), None), digests, strict=True
+            dataset.image_ids,
+            in_threads(dataset.size, len(dataset), None, dataset.over_network),
+            digests,
+            strict=True,
         )
     ]
     path = pack_path(dataset, root)
@@ -309,7 +318,9 @@ def _write(
 
     schema = writer.schema
     shard_bytes = 4 * schema.height * schema.width * schema.shard_images
-    threads = min(os.cpu_count() or 1, max(1, _MEMORY // (_COPIES * shard_bytes)))
+    cores = os.cpu_count() or 1
+    wanted = _WAITING * cores if dataset.over_network else cores
+    threads = min(wanted, max(1, _MEMORY // (_COPIES * shard_bytes)))
     pool = ThreadPoolExecutor(threads, thread_name_prefix="rdd-pack")
     try:
         for done in as_completed([pool.submit(pack, shard) for shard in shards]):

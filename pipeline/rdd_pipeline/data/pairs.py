@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os import scandir
-from pathlib import Path
-from typing import TypeVar
+from pathlib import PurePath
+from typing import Any, TypeVar
 
-from rdd_pipeline.data.base import JSON, Examined, Sample, SegmentationDataset
+from PIL import __version__ as pillow_version
+
+from rdd_pipeline.data.base import JSON, Examined, Progress, Sample, SegmentationDataset
+from rdd_pipeline.data.digests import pair_contents, pair_problems
 from rdd_pipeline.data.label_maps import LabelReader
+from rdd_pipeline.data.places import Listings, Place
 from rdd_pipeline.data.reading import (
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
     Source,
     image_size,
+    load,
+    load_both,
     pair_digest,
     read_image,
+    source_of,
 )
 from rdd_pipeline.errors import DataError, ImageReadError
 
@@ -43,11 +50,11 @@ class PairDataset(SegmentationDataset):
 
     def __getitem__(self, index: int) -> Sample:
         index = self._require_index(index)
-        label_source = self._label_source(index)
-        image = read_image(self._image_source(index))
-        label = self._label_reader.read(label_source)
+        image_file, label_file = load_both(self._image_source(index), self._label_source(index))
+        image = read_image(image_file)
+        label = self._label_reader.read(label_file)
         if image.shape[:2] != label.shape:
-            raise DataError(_size_problem(label_source, label.shape, image.shape))
+            raise DataError(_size_problem(label_file, label.shape, image.shape))
         return Sample(image_id=self.image_ids[index], image=image, label=label)
 
     def size(self, index: int) -> tuple[int, int]:
@@ -71,21 +78,24 @@ class PairDataset(SegmentationDataset):
     def examine(self, index: int) -> Examined:
         """Decode an image and its label to the end and say everything that is wrong with them."""
         index = self._require_index(index)
-        image, label = self._image_source(index), self._label_source(index)
         found: list[str] = []
-        size = _attempt(lambda: image_size(image), found)
-        label_size = None
+        size = label_size = classes = None
+        image = _attempt(lambda: load(self._image_source(index)), found)
+        if image is not None:
+            size = _attempt(lambda: image_size(image), found)
         missing = self._missing_label(index)
+        label = None if missing else _attempt(lambda: load(self._label_source(index)), found)
         if missing:
             found.append(missing)
-        else:
+        if label is not None:
             label_size = _attempt(lambda: image_size(label), found)
-        if size and label_size and size != label_size:
+        if size and label_size and size != label_size and label is not None:
             found.append(_size_problem(label, label_size, size))
         # A file whose header is damaged has been named already; decode the others to the end.
-        if size:
+        if size and image is not None:
             _attempt(lambda: read_image(image), found)
-        classes = _attempt(lambda: self._label_reader.read(label), found) if label_size else None
+        if label_size and label is not None:
+            classes = _attempt(lambda: self._label_reader.read(label), found)
         return Examined(problems=tuple(found), size=size, label=classes)
 
     def _missing_label(self, index: int) -> str:
@@ -133,8 +143,12 @@ class FileDataset(PairDataset):
         palette: RGB colour of each class.
         label_reader: How to read the labels.
         files: Which files.
+        listings: What object stores had when they were found.
         class_weights: Customary weight of each class, if there is one.
     """
+
+    read_all: bool = False
+    """Whether :meth:`digests` and :meth:`problems` read files although they look unchanged."""
 
     def __init__(
         self,
@@ -145,6 +159,7 @@ class FileDataset(PairDataset):
         palette: tuple[tuple[int, int, int], ...],
         label_reader: LabelReader,
         files: FilePairs,
+        listings: Listings,
         class_weights: tuple[float, ...] | None = None,
     ) -> None:
         self.name = name
@@ -155,16 +170,63 @@ class FileDataset(PairDataset):
         self.image_ids = files.image_ids
         self._label_reader = label_reader
         self._files = files
+        self._listings = listings
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self.over_network = any("://" in file for file in files.images[:1] + files.labels[:1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_sizes": {}}
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image, from its header or as :meth:`digests` found it."""
+        index = self._require_index(index)
+        size = self._sizes.get(index)
+        if size is None:
+            size = super().size(index)
+            if self.over_network:  # it has cost a request
+                self._sizes[index] = size
+        return size
+
+    def digests(self, progress: Progress | None = None) -> tuple[str, ...]:
+        """:meth:`digest` of all images; only files that are new or may have changed are read.
+
+        See :mod:`~rdd_pipeline.data.digests`; ``read_all`` reads every file.
+        """
+        found = pair_contents(
+            self._files.images,
+            self._files.labels,
+            self._listings,
+            read_all=self.read_all,
+            progress=progress,
+        )
+        self._sizes = {n: item.size for n, item in enumerate(found) if item.size is not None}
+        return tuple(item.digest for item in found)
+
+    def problems(self, progress: Progress | None = None) -> list[str]:
+        """Everything wrong with the files; those known to be in order are not read again.
+
+        See :mod:`~rdd_pipeline.data.digests`; ``read_all`` reads every file.
+        """
+        found = pair_problems(
+            self._files.images,
+            self._files.labels,
+            self._listings,
+            self._image_problems,
+            how=f"Pillow {pillow_version} {json.dumps(self.identity(), sort_keys=True)}",
+            read_all=self.read_all,
+            progress=progress,
+        )
+        return [*self.layout_problems(), *found]
 
     def layout_problems(self) -> Sequence[str]:
         """Files that belong to no pair."""
         return self._files.problems
 
     def _image_source(self, index: int) -> Source:
-        return Path(self._files.images[index])
+        return source_of(self._files.images[index])
 
     def _label_source(self, index: int) -> Source:
-        return Path(self._files.labels[index])
+        return source_of(self._files.labels[index])
 
     def _missing_label(self, index: int) -> str:
         if self.image_ids[index] not in self._files.unlabelled:
@@ -175,8 +237,8 @@ class FileDataset(PairDataset):
         )
 
 
-def list_names(folder: Path, suffixes: frozenset[str], ending: str = "") -> list[tuple[str, str]]:
-    """Image files in a folder, from one scan and without asking for the state of any.
+def list_names(folder: Place, suffixes: frozenset[str], ending: str = "") -> list[tuple[str, str]]:
+    """Image files in a folder, from one listing and without asking for the state of any.
 
     Args:
         folder: Where to look; not in folders below.
@@ -186,12 +248,10 @@ def list_names(folder: Path, suffixes: frozenset[str], ending: str = "") -> list
     Returns:
         Name without ending and suffix, and path, in order of the file names.
     """
-    with scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries)
     start = str(folder / "x")[:-1]
     return [
         (stem.removesuffix(ending), f"{start}{stem}.{suffix}")
-        for stem, dot, suffix in (name.rpartition(".") for name in names)
+        for stem, dot, suffix in (name.rpartition(".") for name in folder.files())
         # Copies from a Mac hold a '._name' beside each file.
         if dot + suffix.lower() in suffixes and stem.endswith(ending) and not stem.startswith(".")
     ]
@@ -229,7 +289,7 @@ def match_files(
     )
 
 
-def match_folders(images: Path, labels: Path) -> FilePairs:
+def match_folders(images: Place, labels: Place) -> FilePairs:
     """Put the images of one folder and the labels of another together by name."""
     return match_files(
         list_names(images, IMAGE_SUFFIXES),
@@ -248,7 +308,7 @@ def _by_name(files: Sequence[tuple[str, str]], problems: list[str]) -> Mapping[s
     return found
 
 
-def require_folders(folders: Sequence[Path], layout: str, *, root: Path, inner: str = "") -> None:
+def require_folders(folders: Sequence[Place], layout: str, *, root: Place, inner: str = "") -> None:
     """Refuse a root that does not hold what the data set's layout has.
 
     Args:
@@ -261,12 +321,14 @@ def require_folders(folders: Sequence[Path], layout: str, *, root: Path, inner: 
         DataError: A folder is missing; the message shows the layout.
     """
     missing = [
-        f"no {'file' if path.suffix else 'folder'} {path}" for path in folders if not path.exists()
+        f"no {'file' if PurePath(path.name).suffix else 'folder'} {path}"
+        for path in folders
+        if not path.exists()
     ]
     if not missing:
         return
     advice = "Set data.root to the folder that holds them."
-    if inner and (root / inner).is_dir():
+    if inner and (root / inner).is_folder():
         advice = f"Did you mean data.root: {root / inner}?"
     raise DataError(f"data.root: {' and '.join(missing)}; expected\n{layout}\n{advice}")
 

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from rdd_pipeline.data.places import in_bucket
 from rdd_pipeline.errors import ImageReadError
+from rdd_storage.processes import check_process, request_pool
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -49,8 +51,54 @@ class EncodedImage:
         return self.name
 
 
-Source: TypeAlias = Path | EncodedImage
+@dataclass(frozen=True, slots=True)
+class ObjectFile:
+    """An image file in an object store, by its URL as :mod:`~rdd_pipeline.data.places` has it."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def fetch(self) -> tuple[EncodedImage, str | None]:
+        """Its bytes, from one request, and the stamp that they have in listings.
+
+        Raises:
+            ImageReadError: There is no such object.
+            StoreUnavailableError, StoreAccessError: The object store does not answer or refuses.
+        """
+        bucket, key = in_bucket(self.url)
+        found = bucket.get_stamped(key)
+        if found is None:
+            raise ImageReadError(f"{self.url}: no such object")
+        return EncodedImage(name=self.url, data=found[0]), found[1]
+
+
+Source: TypeAlias = Path | EncodedImage | ObjectFile
 """What an image or label is read from."""
+
+
+def source_of(file: str) -> Path | ObjectFile:
+    """The source of a path, or of a URL as :mod:`~rdd_pipeline.data.places` has it."""
+    return ObjectFile(file) if "://" in file else Path(file)
+
+
+def load(source: Source) -> Path | EncodedImage:
+    """What is in an object store in memory, so that it is asked for once; all else as it is.
+
+    Raises:
+        The errors of :meth:`ObjectFile.fetch`.
+    """
+    return source.fetch()[0] if isinstance(source, ObjectFile) else source
+
+
+def load_both(image: Source, label: Source) -> tuple[Path | EncodedImage, Path | EncodedImage]:
+    """:func:`load` of both, by requests that overlap."""
+    if isinstance(image, ObjectFile) and isinstance(label, ObjectFile):
+        check_process()
+        loaded, other = request_pool().map(load, (image, label))
+        return loaded, other
+    return load(image), load(label)
 
 
 def read_image(source: Source) -> NDArray[np.uint8]:
@@ -138,6 +186,31 @@ def image_size(source: Source) -> tuple[int, int]:
     return (width, height) if sideways else (height, width)
 
 
+def read_palette(source: Source) -> list[int] | None:
+    """Colours of a palette image: red, green and blue of each in turn; None without a palette.
+
+    Raises:
+        ImageReadError: The file is missing or its header is damaged.
+    """
+    with _opened(source) as image:
+        return image.getpalette("RGB") if image.mode == "P" else None
+
+
+def read_bytes(source: Source) -> bytes:
+    """All bytes of an image or label file.
+
+    Raises:
+        ImageReadError: The file is missing or cannot be read.
+    """
+    source = load(source)
+    if isinstance(source, EncodedImage):
+        return source.data
+    try:
+        return source.read_bytes()
+    except OSError as error:
+        raise ImageReadError(f"{source}: cannot be read ({error.strerror})") from error
+
+
 def pair_digest(image: Source, label: Source) -> str:
     """SHA-256, as hex, of the image file's bytes followed by the label file's bytes.
 
@@ -146,18 +219,13 @@ def pair_digest(image: Source, label: Source) -> str:
     """
     digest = hashlib.sha256()
     for source in (image, label):
-        if isinstance(source, EncodedImage):
-            digest.update(source.data)
-            continue
-        try:
-            digest.update(source.read_bytes())
-        except OSError as error:
-            raise ImageReadError(f"{source}: cannot be read ({error.strerror})") from error
+        digest.update(read_bytes(source))
     return digest.hexdigest()
 
 
 @contextmanager
 def _opened(source: Source) -> Iterator[Image.Image]:
+    source = load(source)
     try:
         # Not by its path: Pillow would map TIFF files into memory and then turn them wrongly.
         with (

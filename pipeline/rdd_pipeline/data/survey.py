@@ -66,7 +66,7 @@ def survey_dataset(dataset: SegmentationDataset, progress: Progress | None = Non
     sizes: set[tuple[int, int]] = set()
     pixels = np.zeros(IGNORE_INDEX + 1, np.int64)
     images = np.zeros(IGNORE_INDEX + 1, np.int64)
-    for lines, size, counts in in_threads(one, len(dataset), progress):
+    for lines, size, counts in in_threads(one, len(dataset), progress, dataset.over_network):
         problems += lines
         if size is not None:
             sizes.add(size)

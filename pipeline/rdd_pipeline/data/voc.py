@@ -6,13 +6,15 @@ Hariharan et al., "Semantic contours from inverse detectors" (ICCV 2011).
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import PurePath
 
 from rdd_pipeline.data.base import IGNORE_INDEX
 from rdd_pipeline.data.label_maps import LabelMap
 from rdd_pipeline.data.pairs import FileDataset, FilePairs, require_folders, require_images, tree
 from rdd_pipeline.data.palettes import bit_palette
+from rdd_pipeline.data.places import Place
 from rdd_pipeline.errors import DataError
+from rdd_storage import RddError
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
@@ -26,7 +28,7 @@ _PLAIN, _AUGMENTED = "SegmentationClass", "SegmentationClassAug"
 _LABELS = LabelMap({n: n for n in range(len(VOC_CLASSES))} | {IGNORE_INDEX: IGNORE_INDEX})
 
 
-def open_voc(root: Path, split: str) -> FileDataset:
+def open_voc(root: Place, split: str) -> FileDataset:
     """One split of VOC 2012: the images that a list names.
 
     Args:
@@ -45,7 +47,7 @@ def open_voc(root: Path, split: str) -> FileDataset:
         (f"{labels.name}/2007_000032.png", "labels: 0-20, 255 = ignored"),
         (f"{_LISTS}/{split}.txt", "one name a line: 2007_000032"),
     )
-    if augmented and images.is_dir() and not (listed.exists() and labels.is_dir()):
+    if augmented and images.is_folder() and not (listed.exists() and labels.is_folder()):
         layout += (
             f"\n{listed.name} and {_AUGMENTED} are no part of VOC 2012: they add the labels of the "
             "Semantic\nBoundaries Dataset (10,582 training images). Put them there, or train on "
@@ -59,16 +61,20 @@ def open_voc(root: Path, split: str) -> FileDataset:
         palette=VOC_PALETTE,
         label_reader=_LABELS,
         files=require_images(_listed(listed, images, labels), str(listed), layout),
+        listings=root.listings,
     )
 
 
-def _listed(listed: Path, images: Path, labels: Path) -> FilePairs:
+def _listed(listed: Place, images: Place, labels: Place) -> FilePairs:
     try:
-        lines = listed.read_text(encoding="utf-8").split("\n")
+        lines = listed.read_text().split("\n")
+    except RddError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{listed}: cannot be read as a list of names ({error})") from error
     # Some copies of the augmented list name the two files: /JPEGImages/x.jpg /Segmentation.../x.png
-    named = [Path(words[0]).name.removesuffix(".jpg") for line in lines if (words := line.split())]
+    first = [words[0] for line in lines if (words := line.split())]
+    named = [PurePath(word).name.removesuffix(".jpg") for word in first]
     names = tuple(dict.fromkeys(named))
     return FilePairs(
         image_ids=names,

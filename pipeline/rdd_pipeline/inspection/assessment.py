@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -23,6 +23,7 @@ from rdd_pipeline.inspection.quality import (
     scores_from_counts,
 )
 from rdd_pipeline.inspection.summary import Progress
+from rdd_pipeline.inspection.text import text_table
 from rdd_storage import MapReader, StoreMismatchError, label_boundary
 from rdd_storage.statistics import nearest_pixels
 
@@ -75,9 +76,9 @@ class ScoreQuality:
     """Expected calibration error in 15 bins; of the confidence alone."""
     auroc_gain: Interval
     """AUROC minus that of 1 - confidence, over the same resamples."""
-    correct: NDArray[np.float64]
+    correct: NDArray[np.float64] = field(repr=False)
     """(K,) right pixels by bin of the score, rising."""
-    wrong: NDArray[np.float64]
+    wrong: NDArray[np.float64] = field(repr=False)
     """(K,) wrong pixels."""
 
 
@@ -92,6 +93,19 @@ class QualityReport:
     resamples: int
     """Of the intervals; 0 where there are none."""
     rows: tuple[ScoreQuality, ...]
+
+    def __repr__(self) -> str:
+        title = (
+            f"QualityReport: {self.store}, finding the wrong pixels of {self.errors_of}, "
+            f"{self.images} images"
+        )
+        columns = ("auroc", "average_precision", "aurc", "augrc")
+        rows = [
+            {"score": f"{row.title} (circular)" if row.circular else row.title, "over": row.over}
+            | {name: str(row.figures[name]) for name in columns}
+            for row in self.rows
+        ]
+        return text_table(title, rows, ("score", "over", *columns), total=len(rows))
 
     def __getitem__(self, name: str) -> ScoreQuality:
         for row in self.rows:

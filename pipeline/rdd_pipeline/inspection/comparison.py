@@ -17,6 +17,7 @@ from rdd_pipeline.inspection.images import SourceImages
 from rdd_pipeline.inspection.measures import HARDNESS, THRESHOLD, TRUE_PROB, discrepancy_centres
 from rdd_pipeline.inspection.pixels import over_images
 from rdd_pipeline.inspection.summary import Progress
+from rdd_pipeline.inspection.text import MOST_LINES, text_table
 from rdd_storage import MapReader, confidence_table, encode_hardness, hardness_codec
 from rdd_storage.statistics import nearest_pixels
 
@@ -76,6 +77,15 @@ class StoreComparison:
     """Images that ``b`` does not have."""
     only_b: int
     readers: tuple[MapReader, MapReader] = field(repr=False)
+
+    def __repr__(self) -> str:
+        title = (
+            f"StoreComparison: {self.quantity}, {len(self.images)} images; a is {self.path_a}, "
+            f"b is {self.path_b}\n  Spearman {self.spearman:.4f}, Kendall {self.kendall:.4f}, mean "
+            f"|b - a| {self.mean_absolute:.4g}, mean b - a {self.bias:.4g}"
+        )
+        first = [_as_dict(image) for image in self.images[:MOST_LINES]]
+        return text_table(title, first, ImageChange.__slots__, total=len(self.images))
 
     def difference(self, image_id: str) -> NDArray[np.float32]:
         """``b - a`` of one image: (H, W), or (h, w) of ``a``'s grid; NaN where either has none.
@@ -186,7 +196,7 @@ class StudentStep:
 
     iteration: int | None
     """None for the final weights."""
-    joint: Joint
+    joint: Joint = field(repr=False)
     """(251, 251): pixels by the teacher's hardness code (rows) and the student's (columns)."""
     spearman: float
     kendall: float
@@ -197,6 +207,8 @@ class StudentStep:
     """Share of pixels with p <= 0.7 for the student alone: what it has yet to learn."""
     teacher_alone: float
     """Share of pixels with p <= 0.7 for the teacher alone."""
+    relative: float
+    """Share of pixels with p <= 0.7 for one of the two alone: the relative difficulty mask."""
     both: float
     """Share of pixels with p <= 0.7 for both."""
 
@@ -210,6 +222,12 @@ class StudentHistory:
     image_ids: tuple[str, ...]
     steps: tuple[StudentStep, ...]
     """In order of the iterations, the final weights last."""
+
+    def __repr__(self) -> str:
+        title = f"StudentHistory: {self.student} beside {self.store}, {len(self.image_ids)} images"
+        rows = self.table()
+        columns = [name for name in StudentStep.__slots__ if name != "joint"]
+        return text_table(title, rows[-MOST_LINES:], columns, total=len(rows))
 
     def table(self) -> list[dict[str, Any]]:
         """One dictionary for each checkpoint, without the histograms."""
@@ -233,6 +251,7 @@ def student_history(
     checkpoints: Sequence[Path] | None = None,
     images: Sequence[str] | int = 16,
     device: str = "cpu",
+    progress: Progress | None = None,
 ) -> StudentHistory:
     """A student against its teacher over checkpoints; see :meth:`Maps.student_history`."""
     import torch
@@ -253,8 +272,7 @@ def student_history(
     network = load_trained(trained, device).network
     steps = []
     for iteration, weights in _weights_over_time(trained, checkpoints):
-        if iteration is not None:
-            _load_checkpoint(network, weights)
+        _load_checkpoint(network, weights)
         joint = np.zeros((251, 251), np.int64)
         for image_id in chosen:
             sample = source.sample(image_id)
@@ -268,6 +286,8 @@ def student_history(
             codes: NDArray[Any] = reader.read("hardness", image_id)
             teacher = codes >> (reader.schema.hardness_bits - 8)
             joint += joint_histogram(teacher[valid], own[valid], 251)
+            if progress is not None:
+                progress(1)
         steps.append(_student_step(iteration, joint))
     return StudentHistory(
         student=str(trained), store=reader.path, image_ids=tuple(chosen), steps=tuple(steps)
@@ -285,6 +305,8 @@ def _student_step(iteration: int | None, joint: Joint) -> StudentStep:
     total = max(int(joint.sum()), 1)
     # float32(0.7) is an edge of the codes: the counts are exact.
     hard = np.less_equal(TRUE_PROB, np.float32(THRESHOLD))
+    student_alone = int(joint[~hard][:, hard].sum()) / total
+    teacher_alone = int(joint[hard][:, ~hard].sum()) / total
     return StudentStep(
         iteration=iteration,
         joint=joint,
@@ -292,8 +314,9 @@ def _student_step(iteration: int | None, joint: Joint) -> StudentStep:
         kendall=kendall_from_counts(joint),
         student_mean=student_mean,
         teacher_mean=teacher_mean,
-        student_alone=int(joint[~hard][:, hard].sum()) / total,
-        teacher_alone=int(joint[hard][:, ~hard].sum()) / total,
+        student_alone=student_alone,
+        teacher_alone=teacher_alone,
+        relative=student_alone + teacher_alone,
         both=int(joint[hard][:, hard].sum()) / total,
     )
 
@@ -302,16 +325,20 @@ def _weights_over_time(
     trained: Path, checkpoints: Sequence[Path] | None
 ) -> Iterator[tuple[int | None, Path]]:
     """Iteration and file of each checkpoint, then the final weights."""
+    from rdd_pipeline.training_state import snapshot_folders
+
     if checkpoints is None:
-        folder = trained / "checkpoints"
-        checkpoints = [p for p in folder.glob("*") if p.name.isdigit()] if folder.is_dir() else []
+        # The last checkpoint of a finished training has its final weights.
+        checkpoints = snapshot_folders(trained)
+        checkpoints = checkpoints or [p for p in trained.glob("checkpoints/*") if p.name.isdigit()]
     for path in sorted(checkpoints, key=lambda path: path.name):
         if not path.name.isdigit():
             raise InspectionError(
-                f"{path}: expected the folder of a checkpoint, named by its iteration"
+                f"{path}: expected the folder of a snapshot or checkpoint, named by its iteration"
             )
-        yield int(path.name), path / "model.safetensors"
-    yield None, trained
+        snapshot = path / "weights.safetensors"
+        yield int(path.name), snapshot if snapshot.exists() else path / "model.safetensors"
+    yield None, trained / "weights.safetensors"
 
 
 def _load_checkpoint(network: Any, path: Path) -> None:

@@ -14,6 +14,7 @@ from rdd_pipeline.inspection.images import SourceImages
 from rdd_pipeline.inspection.measures import HARDNESS, hardness_measures
 from rdd_pipeline.inspection.pixels import over_images
 from rdd_pipeline.inspection.summary import Progress
+from rdd_pipeline.inspection.text import MOST_LINES, text_table
 from rdd_storage import MapReader, hardness_table
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REGIONS = ("interior", "boundary", "all")
+_MOST_CLASSES = 6  # columns of an overview's text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +35,12 @@ class ClassDistributions:
     class_names: tuple[str, ...]
     counts: NDArray[np.uint64]
     """(C, 2, 251): pixels by class, region (interior, boundary) and code."""
+
+    def __repr__(self) -> str:
+        rows = [row for row in self.table() if row["region"] == "all"]
+        columns = ("class", "pixels", "mean", "p95", "hard_share")
+        title = f"ClassDistributions: hardness of {len(self.class_names)} classes"
+        return text_table(title, rows, columns, total=len(rows))
 
     @property
     def hardness(self) -> NDArray[np.float64]:
@@ -96,6 +104,12 @@ class Confusion:
     images: int
     """How many images were counted."""
 
+    def __repr__(self) -> str:
+        rows = self.table()
+        columns = ("label", "prediction", "pixels", "share_of_label")
+        title = f"Confusion: {self.images} images, {len(self.class_names)} classes"
+        return text_table(title, rows, columns, total=len(rows))
+
     def table(self) -> list[dict[str, Any]]:
         """One dictionary for each cell with pixels, the largest confusions first."""
         cells = [
@@ -139,6 +153,16 @@ class Overview:
     """(n, C)."""
     pixels: NDArray[np.uint32]
     """(n, C)."""
+
+    def __repr__(self) -> str:
+        images, classes = self.values.shape
+        title = f"Overview: {self.title}, {images} images, {classes} classes"
+        shown = self.class_names[:_MOST_CLASSES]
+        first = [
+            {"image": name, **dict(zip(shown, map(float, row), strict=False))}
+            for name, row in zip(self.image_ids[:MOST_LINES], self.values, strict=False)
+        ]
+        return text_table(title, first, ("image", *shown), total=images)
 
     def table(self) -> list[dict[str, Any]]:
         """One dictionary for each image: its name, and the value of each class."""

@@ -19,12 +19,17 @@ from rdd_pipeline.inspection.errors import EmptySelectionError, InspectionError
 from rdd_pipeline.inspection.export import write_csv
 from rdd_pipeline.inspection.pictures import png
 from rdd_pipeline.inspection.run_lengths import decode_mask
+from rdd_pipeline.inspection.text import MOST_LINES, text_table
 from rdd_storage import ExtraNotInstalledError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from rdd_pipeline.inspection.maps import Maps
+
+
+# Of a pixel. FiftyOne rounds the edges of boxes down, and 29 / 100 * 100 is 28.999999999999996.
+_NUDGE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +57,7 @@ class LabelError:
     """x and y of the mean pixel."""
     size: tuple[int, int]
     """H and W of the image."""
-    counts: tuple[int, ...]
+    counts: tuple[int, ...] = field(repr=False)
     """The region as run lengths, see :mod:`rdd_pipeline.inspection.run_lengths`."""
 
     @property
@@ -89,6 +94,13 @@ class LabelErrors(Sequence[LabelError]):
 
     def __iter__(self) -> Iterator[LabelError]:
         return iter(self.errors)
+
+    def __repr__(self) -> str:
+        columns = ("image_id", "label", "suggestion", "score", "area", "depth")
+        first = [{name: getattr(error, name) for name in columns}
+                 for error in self.errors[:MOST_LINES]]  # fmt: skip
+        title = f"LabelErrors: {len(self)} of {self.total} regions in {self.images} images"
+        return text_table(title, first, columns, total=len(self))
 
     def by_image(self) -> dict[str, list[LabelError]]:
         """The errors of each image that has any, the image with the most suspicious one first."""
@@ -226,7 +238,12 @@ class LabelErrors(Sequence[LabelError]):
                 found.append(
                     {
                         "label": error.suggestion,
-                        "bounding_box": [x / width, y / height, w / width, h / height],
+                        "bounding_box": [
+                            (x + _NUDGE) / width,
+                            (y + _NUDGE) / height,
+                            w / width,
+                            h / height,
+                        ],
                         "mask": error.mask[y : y + h, x : x + w],
                         "confidence": error.confidence,
                         "given_label": error.label,

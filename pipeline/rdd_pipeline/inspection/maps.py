@@ -25,11 +25,7 @@ from rdd_pipeline.inspection.distributions import (
     Overview,
     confusion_with_hardness,
 )
-from rdd_pipeline.inspection.errors import (
-    EmptySelectionError,
-    UnknownClassError,
-    nearest_names,
-)
+from rdd_pipeline.inspection.errors import EmptySelectionError, UnknownClassError, nearest_names
 from rdd_pipeline.inspection.export import Layer, write_overlays
 from rdd_pipeline.inspection.image import ImageView, class_palette
 from rdd_pipeline.inspection.images import DataSource, SourceImages
@@ -45,6 +41,7 @@ from rdd_pipeline.inspection.summary import Progress, Summary, cached_summary, r
 from rdd_storage import (
     MapReader,
     MapStatistics,
+    StoredSummary,
     StoreStatus,
     UnknownImageError,
     store_status,
@@ -52,6 +49,8 @@ from rdd_storage import (
 
 if TYPE_CHECKING:
     import xarray
+
+    from rdd_pipeline.inspection.viewer import Viewer
 
 
 class Maps:
@@ -66,8 +65,8 @@ class Maps:
         data: Where images and labels are, which the store does not hold: a data set, a
             configuration, or the path of the one the store was built with. None leaves them out.
         version: One of the store's published versions; None takes the newest.
-        cache: Whether the summary of a store of 1,000 images or more is kept for the next time,
-            see :mod:`rdd_pipeline.inspection.summary`.
+        cache: Whether the summary of a store that has none, of 1,000 images or more, is kept for
+            the next time, see :mod:`rdd_pipeline.inspection.summary`.
         progress: See :attr:`progress`.
 
     Raises:
@@ -99,7 +98,7 @@ class Maps:
         return f"Maps({self.path!r}, {len(self)} images)"
 
     def __len__(self) -> int:
-        return len(self.reader.records)
+        return self.reader.num_images
 
     def __contains__(self, image_id: object) -> bool:
         return isinstance(image_id, str) and self._has(image_id)
@@ -115,7 +114,7 @@ class Maps:
             IndexError: The place is beyond the last image.
         """
         if isinstance(image, int):
-            return ImageView(self.reader, self.source, self.reader.records[image].image_id)
+            return ImageView(self.reader, self.source, self.image_ids[image])
         self._require(image)
         return ImageView(self.reader, self.source, image)
 
@@ -146,7 +145,7 @@ class Maps:
 
     @cached_property
     def summary(self) -> Summary:
-        """A few numbers for each image and class; read once, then from the cache.
+        """A few numbers for each image and class, all of them; of an old store from the cache.
 
         Raises:
             StoreIncompleteError: The store is not built to the end.
@@ -156,11 +155,17 @@ class Maps:
     @property
     def summary_is_ready(self) -> bool:
         """Whether :attr:`summary` takes no pass over the store's counts."""
+        if self._stored is not None:
+            return True
         if "summary" not in self.__dict__ and self._cache:
             found = cached_summary(self.reader)
             if found is not None:
                 self.__dict__["summary"] = found
         return "summary" in self.__dict__
+
+    @cached_property
+    def _stored(self) -> StoredSummary | None:
+        return self.reader.summary()
 
     def statistics(self) -> MapStatistics:
         """The store's exact counts, about 7 kB in memory for each image.
@@ -206,9 +211,12 @@ class Maps:
             StoreIncompleteError: The store is not built to the end.
         """
         index = None if class_name is None else self.class_index(class_name)
+        # The store's summary is read by class, unless all of it is here already.
+        ready = "summary" in self.__dict__
+        source = self.summary if ready or self._stored is None else self._stored
         return measure_images(
-            self.reader, self.summary, index, threshold=threshold, temperature=temperature,
-            progress=self.progress,
+            self.reader, source.of_class(index), index, threshold=threshold,
+            temperature=temperature, progress=self.progress,
         )  # fmt: skip
 
     def hardest(
@@ -254,6 +262,26 @@ class Maps:
             temperature=temperature,
             maps=self,
         )
+
+    def view(
+        self,
+        images: Sequence[str] | Ranking | None = None,
+        *,
+        by: str = "mean",
+        n: int = 50,
+        max_side: int | None = 2048,
+    ) -> Viewer:
+        """The images to look through, the most difficult first; a widget in a notebook.
+
+        See :class:`~rdd_pipeline.inspection.Viewer`, also for the arguments.
+
+        Raises:
+            EmptySelectionError, UnknownImageError: No images; no such image.
+            InspectionError, StoreIncompleteError: See :meth:`hardest`.
+        """
+        from rdd_pipeline.inspection.viewer import Viewer
+
+        return Viewer(self, images, by=by, n=n, max_side=max_side)
 
     def distributions(self) -> ClassDistributions:
         """Hardness of each class, inside of regions and at their boundaries.
@@ -403,8 +431,9 @@ class Maps:
 
         Args:
             trained: Folder of a finished training, such as ``runs/NAME/students/STUDENT``.
-            checkpoints: Folders of checkpoints, named by their iterations; None takes those that
-                the training left. The final weights are always added.
+            checkpoints: Folders of snapshots or checkpoints, named by their iterations; None takes
+                the snapshots that the training kept (``training.snapshots``), without any its last
+                checkpoint. The final weights are always added.
             images: Names, or how many to spread over the store.
             device: Where the student runs.
 
@@ -416,7 +445,7 @@ class Maps:
         chosen = images if isinstance(images, int) else self._checked(images) or ()
         return student_history(
             self.reader, self.source, Path(trained), checkpoints=checkpoints, images=chosen,
-            device=device,
+            device=device, progress=self.progress,
         )  # fmt: skip
 
     def export_overlays(

@@ -19,7 +19,8 @@ from rdd_pipeline.inspection.measures import (
     check_settings,
     hardness_measures,
 )
-from rdd_pipeline.inspection.summary import Progress, Summary
+from rdd_pipeline.inspection.summary import ImageMeasures, Progress
+from rdd_pipeline.inspection.text import MOST_LINES, text_table
 from rdd_storage import MapReader
 
 if TYPE_CHECKING:
@@ -95,11 +96,7 @@ class Ranking(Sequence[RankedImage]):
 
     def table(self) -> list[dict[str, Any]]:
         """One dictionary for each image, with its place."""
-        return [
-            {"place": place}
-            | {item.name: getattr(image, item.name) for item in fields(RankedImage)}
-            for place, image in enumerate(self.images, 1)
-        ]
+        return [{"place": place} | _as_dict(image) for place, image in enumerate(self.images, 1)]
 
     def to_numpy(self) -> dict[str, NDArray[Any]]:
         """The columns of the table."""
@@ -107,6 +104,11 @@ class Ranking(Sequence[RankedImage]):
             item.name: np.array([getattr(image, item.name) for image in self.images])
             for item in fields(RankedImage)
         }
+
+    def __repr__(self) -> str:
+        first = [_as_dict(image) for image in self.images[:MOST_LINES]]
+        columns = ("image_id", "pixels", *MEASURES)
+        return text_table(f"Ranking: {self.title}", first, columns, total=len(self))
 
     def figure(self, images: int = 4) -> Figure:
         """The maps of the first images, a row for each."""
@@ -124,7 +126,7 @@ class Ranking(Sequence[RankedImage]):
 
 def measure_images(
     reader: MapReader,
-    summary: Summary,
+    measures: ImageMeasures,
     class_index: int | None,
     *,
     threshold: float = THRESHOLD,
@@ -136,16 +138,15 @@ def measure_images(
     Other settings than 0.7 and 0.1 take a pass over the store's counts.
     """
     check_settings(threshold, temperature)
-    row = len(summary.pixels) - 1 if class_index is None else class_index
-    pixels = np.asarray(summary.pixels[row])
+    pixels = measures.pixels
     wrong = np.full(len(pixels), np.nan)
-    np.divide(pixels - summary.correct[row], pixels, out=wrong, where=pixels > 0)
+    np.divide(pixels - measures.correct, pixels, out=wrong, where=pixels > 0)
     columns: dict[str, NDArray[Any]] = {
         "pixels": pixels,
-        **{name: np.asarray(getattr(summary, name)[row]) for name in _HARDNESS},
+        **{name: getattr(measures, name) for name in _HARDNESS},
         "error": wrong,
-        "discrepancy": np.asarray(summary.discrepancy),
-        "weight": np.asarray(summary.weight),
+        "discrepancy": measures.discrepancy,
+        "weight": measures.weight,
     }
     if (threshold, temperature) != (THRESHOLD, TEMPERATURE):
         parts = []
@@ -215,3 +216,7 @@ def rank_images(
         ),
         maps=maps,
     )
+
+
+def _as_dict(image: RankedImage) -> dict[str, Any]:
+    return {item.name: getattr(image, item.name) for item in fields(RankedImage)}

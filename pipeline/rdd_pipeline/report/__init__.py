@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from rdd_pipeline.comparison import COMPARISON_FILE
 from rdd_pipeline.config import parse_config
 from rdd_pipeline.errors import CheckpointError, ConfigError
-from rdd_pipeline.files import read_json, readable_bytes, write_atomically
+from rdd_pipeline.files import readable_bytes, write_atomically
 from rdd_pipeline.inspection import DataSource, Maps
 from rdd_pipeline.inspection.measures import THRESHOLD
 from rdd_pipeline.inspection.pictures import scale_picture
@@ -18,9 +19,11 @@ from rdd_pipeline.progress import Reporter, current_reporter
 from rdd_pipeline.report.comparison_section import comparison_section
 from rdd_pipeline.report.maps_section import QUALITY_HEADER, MapsSection, maps_section
 from rdd_pipeline.report.panels import VOID_COLOUR
+from rdd_pipeline.report.run_results import read_results
 from rdd_pipeline.report.run_section import (
     class_rows,
     diagnostics,
+    difficulty_charts,
     network_rows,
     training_charts,
 )
@@ -53,7 +56,7 @@ def write_report(
     """Write the report of a run or of a map store; see the two functions below.
 
     Args:
-        target: Folder of a finished run, or path or URL of a store.
+        target: Folder of a finished ``rdd run`` or ``rdd students``, or path or URL of a store.
         out: The file to write.
         data: Where images and labels are.
         images: Images to show, 0 or more.
@@ -63,9 +66,10 @@ def write_report(
         ConfigError: It is neither, or the run is not finished.
         RddError, OSError: See the two functions.
     """
-    results = Path(target) / RESULTS_FILE
-    if "://" not in str(target) and results.exists():
-        return write_run_report(results, out=out, data=data, images=images, reporter=reporter)
+    for name in (RESULTS_FILE, COMPARISON_FILE) if "://" not in str(target) else ():
+        file = Path(target) / name
+        if file.exists():
+            return write_run_report(file, out=out, data=data, images=images, reporter=reporter)
     try:
         return write_store_report(target, out=out, data=data, images=images, reporter=reporter)
     except StoreNotFoundError as error:
@@ -80,14 +84,15 @@ def write_run_report(
     images: int = IMAGES,
     reporter: Reporter | None = None,
 ) -> Path:
-    """Write ``report.html`` beside a run's ``results.json`` and return its path.
+    """Write ``report.html`` beside a run's results and return its path.
 
     Tables, per-class quality, curves, and everything about the run's map store that
     :func:`write_store_report` has. A store or data set that is gone is noted in the report; it is
     no error.
 
     Args:
-        results: A file that :func:`rdd_pipeline.stages.write_results` wrote.
+        results: ``results.json``, which :func:`rdd_pipeline.results.write_results` wrote, or
+            ``students.json`` of students that were trained from a store that was there.
         out: Another file to write.
         data: Where images and labels are; None takes the run's configuration.
         images: Images to show, 0 or more.
@@ -97,15 +102,15 @@ def write_run_report(
         CheckpointError: The file is not the results of a run.
         OSError: It cannot be read, or the report cannot be written.
     """
-    content = read_json(results)
     try:
+        content = read_results(results)
         html = _render_run(content, results.parent, data, images, reporter or current_reporter())
     except (KeyError, TypeError, AttributeError) as error:
         if isinstance(error, RddError):
             raise
         raise CheckpointError(
             f"{results}: expected the results of a run, but something is missing or of the wrong "
-            f"type ({error!r}); run 'rdd run' again to write it anew"
+            f"type ({error!r}); run 'rdd run' or 'rdd students' again to write it anew"
         ) from error
     return _write(html, results.parent / REPORT_FILE if out is None else out)
 
@@ -161,13 +166,14 @@ def _render_run(
     images: int,
     reporter: Reporter,
 ) -> str:
-    path = find_store(str(results["maps"]["path"]), run_dir)
-    shown = relative_path(path, run_dir)
-    store, maps = StoreSection(path=shown), None
-    try:
-        maps, store = _store_of_run(path, shown, results, data, images, reporter)
-    except RddError as error:
-        store = StoreSection(path=shown, problem=str(error))
+    store, maps = StoreSection(path=""), None
+    if results["maps"] is not None:
+        path = find_store(str(results["maps"]["path"]), run_dir)
+        shown = relative_path(path, run_dir)
+        try:
+            maps, store = _store_of_run(path, shown, results, data, images, reporter)
+        except RddError as error:
+            store = StoreSection(path=shown, problem=str(error))
     return _template("run.html.jinja").render(
         results=results,
         rows=network_rows(results),
@@ -176,6 +182,7 @@ def _render_run(
         stages=_in_order(results["seconds"]),
         charts=training_charts(results),
         diagnostics=diagnostics(results),
+        difficulty=difficulty_charts(results),
         store=store,
         maps=maps,
         **_constants(),
@@ -218,13 +225,16 @@ def _neither(target: str | Path) -> str:
     path = Path(target)
     if not path.exists():
         return f"{what}a path that does not exist"
-    if (path / "config.json").exists():
-        return f"{what}a run without {RESULTS_FILE}; the same 'rdd run' finishes it"
+    if (path / "config.json").exists() or (path / "students").is_dir():
+        return (
+            f"{what}a run without {RESULTS_FILE} and {COMPARISON_FILE}; the same 'rdd run' or "
+            "'rdd students' finishes it"
+        )
     if not path.is_dir():
         return f"{what}a file; give the folder that holds {RESULTS_FILE}"
     return (
-        f"{what}a folder that is neither; a run has {RESULTS_FILE}, and 'rdd maps list' shows the "
-        "stores of a folder"
+        f"{what}a folder that is neither; a run has {RESULTS_FILE} or {COMPARISON_FILE}, and 'rdd "
+        "maps list' shows the stores of a folder"
     )
 
 

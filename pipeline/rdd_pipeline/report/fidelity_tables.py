@@ -16,8 +16,8 @@ from rdd_pipeline.fidelity import (
     Measurement,
 )
 from rdd_pipeline.files import write_atomically, write_json
+from rdd_pipeline.machine import machine
 from rdd_pipeline.report.fidelity_plots import fidelity_plot
-from rdd_pipeline.stages import machine
 
 _NONE = "–"
 

@@ -43,6 +43,11 @@ _SHARES = {
     "hard_both": "hard for both",
 }
 _TAUS = {"tau_teacher": "teacher", "tau_student": "student"}
+_AGAINST_TEACHER: tuple[tuple[str, str, tuple[float | None, float | None]], ...] = (
+    ("spearman", "rank correlation with the teacher's hardness", (None, None)),
+    ("student_mean", "mean hardness", (0, None)),
+    ("relative", "share of pixels hard for student or teacher alone", (0, None)),
+)
 _COUNT = "empty_masks"  # counted since the entry before; all else is averaged
 
 
@@ -96,30 +101,28 @@ class Diagnostics:
 
 
 def network_rows(results: Mapping[str, Any]) -> tuple[NetworkRow, ...]:
-    """The teacher's line, then the students' in the order of the results."""
+    """The teacher's line if it is known, then the students' in the order of the results."""
     config = results["config"]
-    rows = [
-        _row(
-            results["teacher"],
-            name="teacher",
-            method="teacher",
-            network=config["teacher"]["network"],
-            source="reused" if results["teacher"]["reused"] else "this run",
-            baseline=None,
+    rows = []
+    if results["teacher"] is not None:
+        rows.append(
+            _row(
+                results["teacher"],
+                name="teacher",
+                method="teacher",
+                network=config["teacher"]["network"],
+                source=_source(results["teacher"]),
+                baseline=None,
+            )
         )
-    ]
     for student in results["students"]:
-        if not student["in_this_run"]:
-            source = "earlier run"
-        else:
-            source = "reused" if student["reused"] else "this run"
         rows.append(
             _row(
                 student,
                 name=student["name"],
                 method=student["label"],
                 network=student["settings"]["network"],
-                source=source,
+                source=_source(student),
                 baseline=_baseline(student, results["students"]),
             )
         )
@@ -128,11 +131,13 @@ def network_rows(results: Mapping[str, Any]) -> tuple[NetworkRow, ...]:
 
 def class_rows(results: Mapping[str, Any]) -> tuple[ClassRow, ...]:
     """Intersection over union of each class, for the networks in the order of the table."""
-    networks = [results["teacher"], *results["students"]]
+    networks = _named_networks(results)
     return tuple(
         ClassRow(
             name=name,
-            cells=tuple(_cell(network["metrics"]["class_iou"].get(name)) for network in networks),
+            cells=tuple(
+                _cell(network["metrics"]["class_iou"].get(name)) for _, network in networks
+            ),
         )
         for name in results["data"]["class_names"]
     )
@@ -187,6 +192,29 @@ def diagnostics(results: Mapping[str, Any]) -> tuple[Diagnostics, ...]:
         if drawn:
             found.append(Diagnostics(name=student["name"], charts=drawn))
     return tuple(found)
+
+
+def difficulty_charts(results: Mapping[str, Any]) -> tuple[Chart, ...]:
+    """Students' difficulty against the teacher's over the iterations, where snapshots were kept."""
+    histories = [
+        (student["name"], student["difficulty_history"])
+        for student in results["students"]
+        if student.get("difficulty_history")
+    ]
+    if not histories:
+        return ()
+    charts = []
+    for key, (name, title, limits) in enumerate(_AGAINST_TEACHER):
+        lines = [
+            _line(student, history, name, colour)
+            for colour, (student, history) in enumerate(histories)
+        ]
+        if name == "student_mean":
+            lines.append(_line("teacher", histories[0][1], "teacher_mean", len(histories)))
+        drawn = [line for line in lines if line is not None]
+        if drawn:
+            charts.append(line_chart(title, drawn, key=f"difficulty{key}", y_range=limits))
+    return tuple(charts)
 
 
 def _chart(
@@ -315,7 +343,14 @@ def _cell(iou: float | None) -> ClassCell:
 
 
 def _named_networks(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    teacher = results["teacher"]
     return [
-        ("teacher", results["teacher"]),
+        *([] if teacher is None else [("teacher", teacher)]),
         *((student["name"], student) for student in results["students"]),
     ]
+
+
+def _source(entry: Mapping[str, Any]) -> str:
+    if not entry.get("in_this_run", True):
+        return "earlier run"
+    return "reused" if entry["reused"] else "this run"

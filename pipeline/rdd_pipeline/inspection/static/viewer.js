@@ -235,8 +235,10 @@ export function mount(element, source, start = 0) {
       make("b", {}, ...(color ? [swatch(color)] : []), value))));
     const box = root.getBoundingClientRect();
     const right = clientX - box.left + 18;
+    const below = clientY - box.top + 18;
     tip.style.left = `${right + tip.offsetWidth > box.width ? Math.max(0, right - 36 - tip.offsetWidth) : right}px`;
-    tip.style.top = `${clientY - box.top + 18}px`;
+    // Outputs of notebooks cut off what is beyond their last line.
+    tip.style.top = `${Math.max(0, Math.min(below, box.height - tip.offsetHeight - 2))}px`;
   }
 
   function values() {
