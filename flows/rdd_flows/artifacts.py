@@ -15,11 +15,11 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from rdd_pipeline.build import BuildResult
 from rdd_pipeline.config import RunConfig
-from rdd_pipeline.data import build_dataset
 from rdd_pipeline.errors import DataError
 from rdd_pipeline.files import readable_bytes
 from rdd_pipeline.inspection import Maps
 from rdd_pipeline.report.store_section import HardImage, hardest_images
+from rdd_pipeline.run_images import open_split
 
 logger = logging.getLogger("rdd.flows")
 
@@ -78,7 +78,7 @@ def maps_summary(config: RunConfig, maps: BuildResult) -> str:
     ]
     lines = ["| map store | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows)]
     try:
-        dataset = build_dataset(config.data, "train")
+        dataset = open_split(config.data, "train")
     except DataError:
         dataset = None
     hardest = hardest_images(Maps(maps.path, dataset), count=_PICTURES, side=_SIDE)

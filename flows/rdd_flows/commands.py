@@ -7,17 +7,14 @@ from typing import Annotated
 
 import typer
 
-from rdd_flows.console import out as _out
+from rdd_flows.console import say
+from rdd_flows.options import ConfigPath, Overrides
 
 flows_app = typer.Typer(help="Check and register Prefect deployments.", no_args_is_help=True)
 
 
-def _say(line: str) -> None:
-    _out.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
 def serve(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/.")],
+    config: ConfigPath,
     cron: Annotated[
         str, typer.Option("--cron", help="When to look for new images: five fields of cron.")
     ] = "0 2 * * *",
@@ -28,10 +25,7 @@ def serve(
         int,
         typer.Option("--port", help="Port of the Prefect server, without PREFECT_API_URL."),
     ] = 4200,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key. May be repeated."),
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Look for new images every night, and train the students from each new version of the maps.
 
@@ -43,7 +37,7 @@ def serve(
     schedule = check_schedule(cron, timezone)  # before torch is imported
     from rdd_flows.serve import serve as serve_until_signal
 
-    serve_until_signal(config, overrides or (), schedule=schedule, port=port, say=_say)
+    serve_until_signal(config, overrides or (), schedule=schedule, port=port, say=say)
 
 
 @flows_app.command("check")
@@ -55,7 +49,7 @@ def check(
     """Check schedules, time zones and names of a prefect.yaml before 'prefect deploy --all'."""
     from rdd_flows.deployments import check_prefect_file
 
-    _say(f"{path}: {', '.join(check_prefect_file(path))}")
+    say(f"{path}: {', '.join(check_prefect_file(path))}")
 
 
 @flows_app.command("install-automations")
@@ -68,4 +62,4 @@ def automations() -> None:
     if server_url() is None:
         raise ConfigError("PREFECT_API_URL: expected the address of a Prefect server, got nothing")
     require_server()
-    _say(install_automations())
+    say(install_automations())

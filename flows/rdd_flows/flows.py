@@ -23,7 +23,6 @@ from rdd_flows.recording import recorded, settings_of
 from rdd_pipeline.build import BuildResult
 from rdd_pipeline.comparison import MARKDOWN_FILE, Outcome
 from rdd_pipeline.config import RunConfig, StudentConfig
-from rdd_pipeline.data import build_dataset
 from rdd_pipeline.errors import ConfigError
 from rdd_pipeline.files import write_json
 from rdd_pipeline.many_students import (
@@ -41,7 +40,7 @@ from rdd_pipeline.progress import current_reporter
 from rdd_pipeline.report import write_run_report
 from rdd_pipeline.results import Stopwatch, update_students, write_results
 from rdd_pipeline.reuse import TrainedNetwork
-from rdd_pipeline.run_images import check_data
+from rdd_pipeline.run_images import check_data, open_split
 from rdd_pipeline.stages import run_maps, run_teacher
 from rdd_pipeline.student import check_networks
 from rdd_storage import MapReader, UnknownVersionError
@@ -55,7 +54,7 @@ def check_task(config: RunConfig, students: tuple[StudentConfig, ...]) -> None:
     """Find what is wrong with data set, networks and places before anything long starts."""
     check_places(config)
     check_data(config, current_reporter())
-    check_networks(config, build_dataset(config.data, "train"), students)
+    check_networks(config, open_split(config.data, "train"), students)
 
 
 @task(name="teacher", cache_policy=NO_CACHE, **RETRIES)

@@ -177,15 +177,15 @@ def _compare_with_teacher(
     path: str, config: Path, overrides: Sequence[str], images: int, reporter: Reporter
 ) -> None:
     from rdd_pipeline.config import load_config
-    from rdd_pipeline.data import build_dataset
     from rdd_pipeline.machine import resolve_device
+    from rdd_pipeline.run_images import open_split
     from rdd_pipeline.stages import run_teacher
     from rdd_pipeline.teacher_check import compare_with_teacher
 
     settings = load_config(config, overrides)
     differences = compare_with_teacher(
         path,
-        build_dataset(settings.data, "train"),
+        open_split(settings.data, "train"),
         settings.teacher.network,
         run_teacher(settings, reporter).weights,
         maps=settings.maps,
@@ -229,11 +229,10 @@ def maps_fidelity(
     Writes fidelity.json, fidelity.md and fidelity.png.
     """
     from rdd_pipeline.config import load_config
-    from rdd_pipeline.data import build_dataset
     from rdd_pipeline.fidelity import choose_student, measure_fidelity
     from rdd_pipeline.machine import resolve_device
     from rdd_pipeline.report.fidelity_tables import fidelity_notes, fidelity_tables, write_fidelity
-    from rdd_pipeline.run_images import image_digests
+    from rdd_pipeline.run_images import image_digests, open_split
     from rdd_pipeline.stages import run_teacher
 
     settings = load_config(config, overrides or ())
@@ -242,7 +241,7 @@ def maps_fidelity(
     measured = measure_fidelity(
         settings,
         chosen,
-        build_dataset(settings.data, "train"),
+        open_split(settings.data, "train"),
         path,
         run_teacher(settings, reporter).weights,
         crops=crops,

@@ -16,6 +16,14 @@ from rdd_pipeline.processes import is_main_process, leave_processes
 if TYPE_CHECKING:
     from rdd_pipeline.reuse import TrainedNetwork
 
+FittingStore = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        help="Path or URL of the map store; by default the one in maps.root that fits.",
+    ),
+]
+
 
 def run(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Run the whole way: teacher, maps, students, report.
@@ -52,13 +60,7 @@ def run(config: ConfigPath, overrides: Overrides = None, quiet: Quiet = False) -
 def train(
     config: ConfigPath,
     student: Annotated[str, typer.Option("--student", help="Name of the student in CONFIG.")],
-    store: Annotated[
-        str | None,
-        typer.Option(
-            "--store",
-            help="Path or URL of the map store; by default the one in maps.root that fits.",
-        ),
-    ] = None,
+    store: FittingStore = None,
     overrides: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
@@ -69,9 +71,8 @@ def train(
     'accelerate launch' or 'torchrun'.
     """
     from rdd_pipeline.config import load_config
-    from rdd_pipeline.data import build_dataset
     from rdd_pipeline.errors import ConfigError
-    from rdd_pipeline.run_images import check_data
+    from rdd_pipeline.run_images import check_data, open_split
     from rdd_pipeline.stages import run_student, run_teacher
     from rdd_storage import find_store
 
@@ -83,7 +84,7 @@ def train(
         raise ConfigError(f"--student {student}: {config} has the students {names}")
     check_data(settings, reporter)
     if store is None and chosen.needs_maps:
-        identity = build_dataset(settings.data, "train").identity()
+        identity = open_split(settings.data, "train").identity()
         arrays = ["logits"] if chosen.distils_logits else []
         store = find_store(settings.maps_root, data=identity, arrays=arrays).path
         reporter.say(f"{chosen.name}: reads {store}")
@@ -94,13 +95,7 @@ def train(
 
 def students(
     config: ConfigPath,
-    store: Annotated[
-        str | None,
-        typer.Option(
-            "--store",
-            help="Path or URL of the map store; by default the one in maps.root that fits.",
-        ),
-    ] = None,
+    store: FittingStore = None,
     parallel: Annotated[
         str,
         typer.Option(

@@ -34,14 +34,13 @@ from rdd_pipeline.comparison import (
     markdown,
 )
 from rdd_pipeline.config import RunConfig, StudentConfig
-from rdd_pipeline.data import build_dataset
 from rdd_pipeline.errors import ClusterError, ClusterUnavailableError, ConfigError
 from rdd_pipeline.files import write_atomically, write_json
 from rdd_pipeline.machine import machine, now, resolve_device
 from rdd_pipeline.progress import Reporter
 from rdd_pipeline.results import data_facts
 from rdd_pipeline.reuse import TrainedNetwork
-from rdd_pipeline.run_images import forget_digests
+from rdd_pipeline.run_images import forget_digests, open_split
 from rdd_pipeline.stages import run_student
 from rdd_storage import RddError, StoreMismatchError, StoreNotFoundError, find_store
 
@@ -140,7 +139,7 @@ def student_store(config: RunConfig, store: str | None, reporter: Reporter) -> s
     readers = [student.name for student in config.students if student.needs_maps]
     if store is not None or not readers:
         return store
-    identity = build_dataset(config.data, "train").identity()
+    identity = open_split(config.data, "train").identity()
     distils = any(student.needs_maps and student.distils_logits for student in config.students)
     arrays = ["logits"] if distils else []
     try:

@@ -15,11 +15,12 @@ import torch
 
 from rdd_pipeline.build import build_maps
 from rdd_pipeline.config import RunConfig, TrainingConfig, without_pretrained
-from rdd_pipeline.data import JSON, Sample, SegmentationDataset, build_dataset
+from rdd_pipeline.data import JSON, Sample, SegmentationDataset
 from rdd_pipeline.data.base import Examined, in_threads
 from rdd_pipeline.errors import ConfigError
 from rdd_pipeline.networks import SegmentationNetwork, build_network, save_weights
 from rdd_pipeline.progress import Reporter
+from rdd_pipeline.run_images import open_split
 from rdd_storage import store_status
 
 
@@ -103,7 +104,7 @@ def plan_maps(
     Raises:
         ConfigError: The data set is smaller than three samples.
     """
-    dataset = build_dataset(config.data, "train")
+    dataset = open_split(config.data, "train")
     if 3 * sample > len(dataset):
         raise ConfigError(
             f"--sample {sample}: three times as many images are needed, the training split has "

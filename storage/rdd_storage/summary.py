@@ -40,15 +40,15 @@ Places = slice | NDArray[np.intp]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
-class ImageMeasures:
-    """Numbers of N images, of their pixels of one class or of all labelled ones."""
+class _ImageNumbers:
+    """Numbers of N images, (..., N): of one set of their pixels, or of several."""
 
     pixels: NDArray[np.uint32]
-    """(N,): labelled pixels."""
+    """(..., N): labelled pixels."""
     correct: NDArray[np.uint32]
-    """(N,): correctly predicted ones of these."""
+    """(..., N): correctly predicted ones of these."""
     mean: NDArray[np.float32]
-    """(N,): as :class:`~rdd_storage.measures.HardnessMeasures`; NaN without pixels."""
+    """(..., N): as :class:`~rdd_storage.measures.HardnessMeasures`; NaN without pixels."""
     p95: NDArray[np.float32]
     soft_min: NDArray[np.float32]
     """At temperature 0.1."""
@@ -59,29 +59,19 @@ class ImageMeasures:
     weight: NDArray[np.float32]
     """(N,): mean of exp(-d) over the output grid of the whole image."""
 
+
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
+class ImageMeasures(_ImageNumbers):
+    """Numbers of N images, (N,): of their pixels of one class or of all labelled ones."""
+
     def __repr__(self) -> str:
         return f"ImageMeasures({len(self.pixels)} images)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
-class Summary:
-    """Numbers of N images with C classes. In (C + 1, N) the last row is all classes together."""
+class Summary(_ImageNumbers):
+    """Numbers of N images with C classes, (C + 1, N): the last row is all classes together."""
 
-    pixels: NDArray[np.uint32]
-    """(C + 1, N): labelled pixels."""
-    correct: NDArray[np.uint32]
-    """(C + 1, N): correctly predicted ones of these."""
-    mean: NDArray[np.float32]
-    """(C + 1, N): as :class:`~rdd_storage.measures.HardnessMeasures`; NaN without pixels."""
-    p95: NDArray[np.float32]
-    soft_min: NDArray[np.float32]
-    """At temperature 0.1."""
-    hard_share: NDArray[np.float32]
-    """At threshold 0.7."""
-    discrepancy: NDArray[np.float32]
-    """(N,): mean of d over the output grid, nats."""
-    weight: NDArray[np.float32]
-    """(N,): mean of exp(-d) over the output grid."""
     class_hardness: NDArray[np.uint64]
     """(C, 2, 251): pixels of all images by class, region (interior, boundary) and code."""
     confusion: NDArray[np.uint64]

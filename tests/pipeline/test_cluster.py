@@ -35,6 +35,7 @@ from rdd_pipeline.progress import Reporter
 from rdd_pipeline.reuse import TrainedNetwork
 from rdd_pipeline.stages import run_maps
 from rdd_storage import MapReader, StoreError, lease_holder, store_status, verify_store
+from real_processes import other_version
 from tiny import tiny_tree
 
 QUIET = Reporter(quiet=True)
@@ -95,14 +96,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def other_version(folder: Path) -> str:
-    """A folder that, first on a process's path, makes rdd-maps look like another version."""
-    metadata = folder / "rdd_maps-9.9.9.dist-info" / "METADATA"
-    metadata.parent.mkdir(parents=True)
-    metadata.write_text("Metadata-Version: 2.1\nName: rdd-maps\nVersion: 9.9.9\n")
-    return str(folder)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def pair_contents(
 
         found: list[tuple[bytes, bytes, Content]] = []
         try:
-            reading = in_threads(read, len(missing), progress, _remote(images, labels))
+            reading = in_threads(read, len(missing), progress, over_network(images, labels))
             for index, (content, stamp) in zip(missing, reading, strict=True):
                 known[index] = content
                 if stamp is not None and content.size is not None:
@@ -133,7 +133,7 @@ def pair_problems(
         left = [index for index in range(len(images)) if index not in good]
         logger.debug("%d of %d images are checked", len(left), len(images))
         found: list[tuple[bytes, bytes]] = []
-        remote = _remote(images, labels)
+        remote = over_network(images, labels)
         try:
             checking = in_threads(lambda n: examine(left[n]), len(left), progress, remote)
             for index, lines in zip(left, checking, strict=True):
@@ -318,11 +318,14 @@ def _stamps(
 
     # In threads, for file systems that have to ask a server. Stamps of objects have been listed.
     count = -(-len(images) // _BATCH)
-    parts = map(part, range(count)) if _remote(images, labels) else in_threads(part, count, None)
+    parts = (
+        map(part, range(count)) if over_network(images, labels) else in_threads(part, count, None)
+    )
     return [stamp for found in parts for stamp in found]
 
 
-def _remote(images: Sequence[str], labels: Sequence[str]) -> bool:
+def over_network(images: Sequence[str], labels: Sequence[str]) -> bool:
+    """Whether files of a data set come from an object store: all of a kind do, or none."""
     return any("://" in file for file in (*images[:1], *labels[:1]))
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from PIL import __version__ as pillow_version
 
 from rdd_pipeline.data.base import JSON, Examined, Progress, Sample, SegmentationDataset
-from rdd_pipeline.data.digests import pair_contents, pair_problems
+from rdd_pipeline.data.digests import over_network, pair_contents, pair_problems
 from rdd_pipeline.data.label_maps import LabelReader
 from rdd_pipeline.data.places import Listings, Place
 from rdd_pipeline.data.reading import (
@@ -172,7 +172,7 @@ class FileDataset(PairDataset):
         self._files = files
         self._listings = listings
         self._sizes: dict[int, tuple[int, int]] = {}
-        self.over_network = any("://" in file for file in files.images[:1] + files.labels[:1])
+        self.over_network = over_network(files.images, files.labels)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_sizes": {}}
