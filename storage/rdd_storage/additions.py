@@ -17,6 +17,7 @@ import numpy as np
 
 from rdd_storage.chunks import ChunkError, ChunkLayout, chunk_range
 from rdd_storage.errors import LeaseLostError, ShardDataError, StoreIncompleteError, StoreWriteError
+from rdd_storage.growth import plan_images
 from rdd_storage.layout import ArraySpec, array_metadata, encode_objects, map_specs, object_key
 from rdd_storage.lease import hold_lease
 from rdd_storage.location import Location, locate
@@ -31,9 +32,10 @@ from rdd_storage.manifest import (
     store_draft,
 )
 from rdd_storage.maps import ImageLogits, ImageMaps, check_logits
+from rdd_storage.open_version import BRIEF_WAIT
 from rdd_storage.rows import RowEntry
 from rdd_storage.schema import with_arrays
-from rdd_storage.writer import BRIEF_WAIT, MapWriter, plan_images
+from rdd_storage.writer import MapWriter
 
 ADDABLE = {"logits": "'rdd maps build CONFIG --set maps.soft_labels=true'"}
 """Arrays that a published store may be given later, since no other map depends on them; and the

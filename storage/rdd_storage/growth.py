@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rdd_storage.manifest import Manifest
+from rdd_storage.manifest import Head, Manifest, read_draft
 from rdd_storage.rows import RowEntry, RowTable
 from rdd_storage.schema import ImageRecord
 
@@ -46,6 +46,25 @@ def compare_images(base: Manifest | None, images: Sequence[ImageRecord]) -> Grow
         changed=tuple(r.image_id for r in images if before.get(r.image_id, r) != r),
         removed=tuple(name for name in before if name not in names),
         kept=sum(before.get(record.image_id) == record for record in images),
+    )
+
+
+def plan_images(head: Head, base: Manifest | None, images: Sequence[ImageRecord]) -> Manifest:
+    """The plan of the next version for these images, which keeps what an earlier plan has done."""
+    draft = read_draft(head)
+    free_row = head.num_rows
+    if draft is None:
+        # A plan that cannot be read may have left finished shards: no row of theirs is used.
+        marks = [int(key.split("/")[2]) for key, _ in head.location.list_sizes("done/c")]
+        free_row = max([free_row, *((shard + 1) * head.schema.shard_images for shard in marks)])
+    return plan_version(
+        head.next_version,
+        images,
+        base=base,
+        draft=draft,
+        versions=sorted(head.versions),
+        free_row=free_row,
+        shard_images=head.schema.shard_images,
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
 
+from rdd_storage.lease import hold_lease
 from rdd_storage.location import locate
-from rdd_storage.manifest import read_head
+from rdd_storage.manifest import read_head, read_manifest
 from rdd_storage.remove import remove_unused
+from rdd_storage.restoring import RestorableVersion
+from rdd_storage.schema import Schema
 from rdd_storage.verify import Damage, VerifyReport, verify_store
-from rdd_storage.writer import StoreWriter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +48,8 @@ def repair_store(
     A published store stays published: its undamaged images are read as before. The teacher then
     builds the reopened shards as it builds those of a new store, or ``rdd data pack`` decodes their
     images; nothing else is written again. Images of damaged shards that only earlier versions have
-    keep what can be read of them.
+    keep what can be read of them. No build can begin while the store is read and repaired; a repair
+    that is killed leaves the rest to the next one.
 
     Args:
         path: Path or URL of the store.
@@ -58,17 +60,23 @@ def repair_store(
         StoreNotFoundError: There is no map store.
         StoreFormatError: The root or the manifest is damaged, so that nothing can be repaired.
         StoreLockedError: A build of the store is under way.
+        LeaseLostError: This process stood still for so long that a build took the store over.
         StoreWriteError: The store cannot be changed.
     """
-    report = verify_store(path, progress)
-    writer: StoreWriter[Any, Any] = StoreWriter.open(path)
-    with writer.lease(wait=wait):
-        restored = writer.restore_metadata()
+    location = locate(path)
+    read_head(location)  # no lease is left where there is no store
+    # Before the store is read: a build must not change meanwhile what the repair goes by.
+    with hold_lease(location, wait=wait) as lease:
+        report = verify_store(path, progress)
+        location.remove_partial_writes()
+        head = read_head(location)
+        opened = RestorableVersion[Schema](head, read_manifest(head), lease.ticket)
+        restored = opened.restore_metadata()
         bad = report.bad_shards
-        reopened = tuple(shard for shard in bad if writer.shard_records(shard))
-        writer.reopen_shards(reopened)
-        restored += writer.restore_summaries(_damaged_summaries(report))
-        freed = remove_unused(read_head(locate(path))) if writer.complete else 0
+        reopened = tuple(shard for shard in bad if opened.shard_records(shard))
+        opened.reopen_shards(reopened)
+        restored += opened.restore_summaries(_damaged_summaries(report))
+        freed = remove_unused(read_head(location)) if head.complete else 0
     return RepairReport(
         path=report.path,
         version=report.version,

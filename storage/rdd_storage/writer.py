@@ -8,43 +8,31 @@ under way and nothing else. What is planned and published is decided under the s
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from os import PathLike
-from typing import Any, ClassVar, Generic, Self, TypeVar, cast
+from typing import Any, Generic, Self, TypeVar
 
-import numpy as np
-
-from rdd_storage.coordinates import (
-    coordinate_objects,
-    coordinates_attribute,
-    metadata_objects,
-    root_attributes,
-)
+from rdd_storage.coordinates import coordinates_attribute, root_attributes
 from rdd_storage.errors import (
     LeaseLostError,
     ShardDataError,
     StoreDamagedError,
     StoreFormatError,
     StoreIncompleteError,
-    StoreMismatchError,
     StoreWriteError,
 )
-from rdd_storage.growth import Growth, compare_images, plan_version
+from rdd_storage.growth import Growth, compare_images, plan_images
 from rdd_storage.identity import canonical, fingerprint, identity_difference, mismatch_error
 from rdd_storage.layout import (
     FIRST_VERSION,
-    LAST_VERSION,
     NEVER,
-    ArraySpec,
     consolidated_metadata,
-    done_spec,
     encode_objects,
     group_metadata,
 )
-from rdd_storage.lease import DEFAULT_TTL, LeaseTicket, StoreLease, hold_lease
+from rdd_storage.lease import LeaseTicket, hold_lease
 from rdd_storage.location import locate
 from rdd_storage.manifest import (
     HEAD_KEY,
@@ -54,16 +42,15 @@ from rdd_storage.manifest import (
     manifest_digest,
     manifest_key,
     read_draft,
-    read_head,
     read_head_with_token,
     read_manifest,
     replace_head,
-    require_schema,
     store_draft,
 )
 from rdd_storage.maps import ImageLogits, ImageMaps
-from rdd_storage.marks import read_done
+from rdd_storage.open_version import BRIEF_WAIT
 from rdd_storage.packs import PackedImage
+from rdd_storage.restoring import RestorableVersion
 from rdd_storage.rows import RowEntry
 from rdd_storage.schema import (
     ImageRecord,
@@ -73,20 +60,18 @@ from rdd_storage.schema import (
     SchemaT,
     check_images,
     record_differences,
-    with_arrays,
 )
 from rdd_storage.shards import Content, ShardContent, check_content
-from rdd_storage.summary_store import delete_summary, open_summary, summary_key, summary_objects
+from rdd_storage.summary_store import summary_objects
 
 _CHUNKS = ("chunk_height", "chunk_width")
 _LISTED = 10  # differing images that a message names
-BRIEF_WAIT = 5.0  # seconds; planning and publishing hold the lease for less
 
 _Item = TypeVar("_Item", bound=Content | ImageLogits)
 _ContentT = TypeVar("_ContentT", bound=Content)
 
 
-class StoreWriter(Generic[SchemaT, _ContentT]):
+class StoreWriter(RestorableVersion[SchemaT], Generic[SchemaT, _ContentT]):
     """Writes what is stored of a data set split; :class:`MapWriter` and :class:`PackWriter` are
     for the two kinds of stores, this class is for what they share.
 
@@ -94,14 +79,9 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
     receives one writes to the same store, under the lease that was held when it was pickled.
     """
 
-    _schema_type: ClassVar[type[Schema] | None] = None
-    """What the stores of a subclass have; None opens all."""
-
     def __init__(self, head: Head, manifest: Manifest, growth: Growth | None = None) -> None:
-        self._head = head
-        self._manifest = manifest
+        super().__init__(head, manifest)
         self._growth = growth
-        self._ticket: LeaseTicket | None = None
 
     @classmethod
     def create(
@@ -225,119 +205,10 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
             head = store_draft(head, token, draft)
         return cls(head, draft, growth)
 
-    @classmethod
-    def open(cls, path: str | PathLike[str]) -> Self:
-        """Open the published version of a store, or the first one to go on building it.
-
-        Raises:
-            StoreNotFoundError: There is no map store.
-            StoreFormatError: The store is of another format version or damaged.
-            StoreMismatchError: The store is of the other kind.
-        """
-        head = read_head(locate(path))
-        require_schema(head, cls._schema_type)
-        return cls(head, read_manifest(head))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.path!r}, version {self.version})"
-
-    @property
-    def path(self) -> str:
-        """Path or URL of the store."""
-        return self._head.location.url
-
-    @property
-    def schema(self) -> SchemaT:
-        """The store's schema, as the version that is written has it."""
-        # open() has seen that it is of this kind.
-        return with_arrays(cast("SchemaT", self._head.schema), self._manifest.adds)
-
-    @property
-    def fingerprint(self) -> str:
-        """The store's fingerprint."""
-        return self._head.fingerprint
-
-    @property
-    def version(self) -> int:
-        """The version that is written, published or not."""
-        return self._manifest.version
-
     @property
     def growth(self) -> Growth | None:
         """What this version changes; None unless made by :meth:`extend`."""
         return self._growth
-
-    @cached_property
-    def records(self) -> tuple[ImageRecord, ...]:
-        """The images, in the order of their rows."""
-        return self._manifest.records
-
-    @property
-    def complete(self) -> bool:
-        """Whether the version was published when it was opened or by this writer."""
-        return self.version in self._head.versions
-
-    @property
-    def num_shards(self) -> int:
-        """Number of shards, those that hold no current image included."""
-        return -(-self._manifest.num_rows // self.schema.shard_images)
-
-    def shard_rows(self, shard: int) -> range:
-        """Rows of a shard, along the first axis of the arrays.
-
-        In a store that never grew they are indices into :attr:`records` too; in others a row may
-        have no current image: take :meth:`shard_records`.
-
-        Raises:
-            IndexError: There is no such shard.
-        """
-        if not 0 <= shard < self.num_shards:
-            raise IndexError(f"shard: expected 0 to {self.num_shards - 1}, got {shard}")
-        size = self.schema.shard_images
-        return range(shard * size, min((shard + 1) * size, self._manifest.num_rows))
-
-    def shard_records(self, shard: int) -> tuple[ImageRecord, ...]:
-        """The current images of a shard, in the order of their rows; empty where it has none.
-
-        Raises:
-            IndexError: There is no such shard.
-        """
-        self.shard_rows(shard)
-        return tuple(entry.record for entry in self._by_shard.get(shard, []))
-
-    def pending_shards(self) -> list[int]:
-        """Shards with images that are not done, in rising order; read from the store each time."""
-        done = read_done(self._head.location, self._done_spec)
-        return [
-            shard
-            for shard, entries in sorted(self._by_shard.items())
-            if not all(done[entry.row] for entry in entries)
-        ]
-
-    @contextmanager
-    def lease(self, *, wait: float = 0.0, ttl: float = DEFAULT_TTL) -> Iterator[StoreLease]:
-        """Keep other builds of this store out for the time of a ``with`` block.
-
-        Copies of the writer that are pickled within the block work under the same lease: once it
-        is lost, neither this writer nor they mark a shard or publish. A writer without a lease may
-        write shards, and takes the lease itself to publish.
-
-        Args:
-            wait: Seconds to wait for another build to end.
-            ttl: Seconds after which the lease of a holder that went silent may be taken over.
-
-        Raises:
-            StoreLockedError: Another build holds the store; the message says which.
-            StoreMismatchError: While this build waited, another one planned or published something
-                else.
-        """
-        with hold_lease(self._head.location, wait=wait, ttl=ttl) as lease:
-            self._refresh()
-            self._ticket = lease.ticket
-            try:
-                yield lease
-            finally:
-                self._ticket = None
 
     def write_shard(self, shard: int, maps: Sequence[_ContentT]) -> None:
         """Write all arrays of a shard, then mark its images done.
@@ -428,87 +299,6 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
             replace_head(head, token)
             self._head = head
 
-    def reopen_shards(self, shards: Iterable[int]) -> None:
-        """Make shards pending again, so that a build writes them anew.
-
-        A published version stays published: its undamaged images are read as before. Summaries
-        that have to do with the shards are deleted; :meth:`publish` makes them again.
-
-        Raises:
-            IndexError: There is no such shard.
-            StoreLockedError: Another build holds the store.
-            StoreWriteError: A mark cannot be written.
-        """
-        with self._locked():
-            rows = {shard: self.shard_rows(shard) for shard in shards}
-            entries = [entry for shard in rows for entry in self._by_shard.get(shard, ())]
-            for version in self._head.versions:
-                if any(entry.in_version(version) for entry in entries):
-                    self._check_lease()
-                    delete_summary(self._head, version)
-            for shard in rows:
-                marks = np.zeros(len(rows[shard]), np.bool_)
-                self._check_lease()
-                self._put(encode_objects(self._done_spec, marks, first=shard))
-
-    def restore_metadata(self) -> tuple[str, ...]:
-        """Write the metadata and coordinates that are not as schema and manifest want them.
-
-        Returns:
-            Keys of the objects that were written.
-
-        Raises:
-            StoreLockedError: Another build holds the store, or has changed it since.
-            StoreWriteError: An object cannot be written.
-        """
-        with self._locked():
-            head, token = read_head_with_token(self._head.location)
-            num_rows = head.num_rows if head.complete else self._manifest.num_rows
-            written = self._put_changed(self._derived_objects(num_rows))
-            arrays = consolidated_metadata(self.schema, num_rows) if head.complete else {}
-            if any(head.arrays.get(name) != node for name, node in arrays.items()):
-                attributes = head.attributes | {"coordinates": coordinates_attribute(self.schema)}
-                self._check_lease()
-                replace_head(replace(head, arrays=arrays, attributes=attributes), token)
-                written = (*written, HEAD_KEY)
-        return written
-
-    def restore_summaries(self, damaged: Collection[int] = ()) -> tuple[str, ...]:
-        """Make the summaries of published versions that are missing or damaged.
-
-        Versions of which images are not done, or counts are damaged, are left without.
-
-        Args:
-            damaged: Versions whose summary is to be made anew.
-
-        Returns:
-            Keys of the objects that were written.
-
-        Raises:
-            StoreLockedError: Another build holds the store.
-            StoreWriteError: An object cannot be written.
-        """
-        written: tuple[str, ...] = ()
-        with self._locked():
-            head = read_head(self._head.location)
-            if not isinstance(head.schema, MapSchema) or not head.complete:
-                return ()
-            done = read_done(head.location, done_spec(head.schema, head.num_rows))
-            base: Manifest | None = None
-            for version, digest in sorted(head.versions.items()):
-                try:
-                    manifest = read_manifest(head, version)
-                except StoreFormatError:
-                    continue  # damaged: verification lists it
-                if version in damaged:
-                    delete_summary(head, version)
-                if open_summary(head, manifest) is None and done[list(manifest.rows)].all():
-                    summary = summary_objects(head, manifest, digest, base)
-                    self._check_lease()
-                    written += self._put_changed(summary)
-                base = manifest
-        return written
-
     # -- making ------------------------------------------------------------------------------
 
     def _lay_out(self, ticket: LeaseTicket) -> None:
@@ -522,22 +312,6 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
         ticket.check()
         self._head = replace(self._head, draft=(self.version, manifest_digest(manifest)))
         location.create(HEAD_KEY, self._head.encode())
-
-    def _derived_objects(self, num_rows: int, first_row: int = 0) -> dict[str, bytes]:
-        """Metadata, and coordinates from a row on."""
-        keys = self._head.location.list_sizes(f"{LAST_VERSION}/c")
-        chunks = [int(key.rpartition("/")[2]) for key, _ in keys]
-        coordinates = coordinate_objects(
-            self.schema, self._manifest, num_rows, first_row=first_row, rewritten=chunks
-        )
-        return metadata_objects(self.schema, num_rows) | coordinates
-
-    def _put_changed(self, objects: Mapping[str, bytes]) -> tuple[str, ...]:
-        location = self._head.location
-        changed = tuple(key for key, data in objects.items() if location.get(key) != data)
-        for key in changed:
-            location.put(key, objects[key])
-        return changed
 
     def _refuse_mismatch(
         self,
@@ -566,78 +340,7 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
         if lines:
             raise mismatch_error(self.path, lines)
 
-    # -- leases ------------------------------------------------------------------------------
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Under the lease that is held, or one for this block alone."""
-        if self._ticket is not None:
-            self._ticket.check()
-            yield
-            return
-        with self.lease(wait=BRIEF_WAIT):
-            yield
-
-    def _check_lease(self) -> None:
-        if self._ticket is not None:
-            self._ticket.check()
-
-    def _refresh(self) -> None:
-        """Take over what happened to the store since it was opened.
-
-        Raises:
-            StoreMismatchError: This writer's version was planned or published otherwise.
-        """
-        head = read_head(self._head.location)
-        self._refuse_changes(head)
-        self._head = head
-
-    def _refuse_changes(self, head: Head) -> None:
-        planned = head.draft[1] if head.draft and head.draft[0] == self.version else None
-        stored = head.versions.get(self.version, planned)
-        if self.version == 1 and stored is None and not head.complete:
-            stored = self._digest  # a store from before plans were recorded in the root
-        if head.fingerprint != self.fingerprint or stored != self._digest:
-            raise StoreMismatchError(
-                f"{self.path}: expected to build version {self.version} as it was planned, but "
-                "another process has planned, published or removed something since; open or "
-                "extend the store again"
-            )
-
-    @cached_property
-    def _digest(self) -> str:
-        """SHA-256 of this version's manifest as it was when the writer was made."""
-        head = self._head
-        if self.version in head.versions:
-            return head.versions[self.version]
-        if head.draft is not None and head.draft[0] == self.version:
-            return head.draft[1]
-        return manifest_digest(self._manifest.encode())
-
-    def _complete_summaries(self) -> None:
-        """Make the summaries that are missing, as after a repair, unless shards are pending."""
-        location = self._head.location
-        missing = isinstance(self.schema, MapSchema) and any(
-            location.get(summary_key(version)) is None for version in self._head.versions
-        )
-        if missing and not self.pending_shards():
-            self.restore_summaries()
-
-    def _refuse_pending(self) -> None:
-        pending = self.pending_shards()
-        if pending:
-            shown = ", ".join(map(str, pending[:_LISTED]))
-            more = f" and {len(pending) - _LISTED} more" if len(pending) > _LISTED else ""
-            raise StoreIncompleteError(
-                f"{self.path}: expected all {len(self._by_shard)} shards to be done, but "
-                f"{len(pending)} are not ({shown}{more}); {self.schema.remedy} to finish them"
-            )
-
     # -- writing -----------------------------------------------------------------------------
-
-    @cached_property
-    def _by_shard(self) -> dict[int, list[RowEntry]]:
-        return self._manifest.by_shard(self.schema.shard_images)
 
     @cached_property
     def _retired_by_shard(self) -> dict[int, list[RowEntry]]:
@@ -647,10 +350,6 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
             if entry.last_version != NEVER:
                 shards.setdefault(entry.row // self.schema.shard_images, []).append(entry)
         return shards
-
-    @cached_property
-    def _done_spec(self) -> ArraySpec:
-        return done_spec(self.schema, self._manifest.num_rows)
 
     def _in_row_order(
         self, shard: int, records: list[ImageRecord], maps: Sequence[_Item]
@@ -672,9 +371,15 @@ class StoreWriter(Generic[SchemaT, _ContentT]):
             )
         return [by_id[record.image_id] for record in records]
 
-    def _put(self, objects: Mapping[str, bytes]) -> None:
-        for key, content in objects.items():
-            self._head.location.put(key, content)
+    def _refuse_pending(self) -> None:
+        pending = self.pending_shards()
+        if pending:
+            shown = ", ".join(map(str, pending[:_LISTED]))
+            more = f" and {len(pending) - _LISTED} more" if len(pending) > _LISTED else ""
+            raise StoreIncompleteError(
+                f"{self.path}: expected all {len(self._by_shard)} shards to be done, but "
+                f"{len(pending)} are not ({shown}{more}); {self.schema.remedy} to finish them"
+            )
 
 
 class MapWriter(StoreWriter[MapSchema, ImageMaps]):
@@ -691,22 +396,3 @@ class PackWriter(StoreWriter[PackSchema, PackedImage]):
 
 def _same_images(images: Sequence[ImageRecord], others: Sequence[ImageRecord]) -> bool:
     return len(images) == len(others) and set(images) == set(others)
-
-
-def plan_images(head: Head, base: Manifest | None, images: Sequence[ImageRecord]) -> Manifest:
-    """The plan of the next version for these images, which keeps what an earlier plan has done."""
-    draft = read_draft(head)
-    free_row = head.num_rows
-    if draft is None:
-        # A plan that cannot be read may have left finished shards: no row of theirs is used.
-        marks = [int(key.split("/")[2]) for key, _ in head.location.list_sizes("done/c")]
-        free_row = max([free_row, *((shard + 1) * head.schema.shard_images for shard in marks)])
-    return plan_version(
-        head.next_version,
-        images,
-        base=base,
-        draft=draft,
-        versions=sorted(head.versions),
-        free_row=free_row,
-        shard_images=head.schema.shard_images,
-    )

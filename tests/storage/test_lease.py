@@ -70,7 +70,7 @@ def take_over(location: Location, by: LeaseInfo) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planning and publishing give up at once where another holds the store."""
-    monkeypatch.setattr("rdd_storage.writer.BRIEF_WAIT", 0.0)
+    monkeypatch.setattr("rdd_storage.open_version.BRIEF_WAIT", 0.0)
 
 
 @pytest.mark.parametrize("place", PLACES, indirect=True)

@@ -2,6 +2,12 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +33,8 @@ from rdd_storage import (
 )
 
 FLIPS = 300
+KILLED_REPAIRS = 8
+SUMMARY = "versions/000001/summary"
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -50,6 +58,10 @@ def rebuild(building: ModuleType, writer: MapWriter) -> list[int]:
             writer.write_shard(shard, [building.maps_of(r) for r in writer.shard_records(shard)])
         writer.publish()
     return pending
+
+
+def damaged_keys(path: Path) -> set[str]:
+    return {damage.key for damage in verify_store(path).damages}
 
 
 @pytest.fixture
@@ -200,6 +212,64 @@ def test_an_unfinished_store_is_repaired(building: ModuleType, tmp_path: Path) -
     assert verify_store(path).ok
 
 
+def damage_much(path: Path) -> None:
+    """Something of each kind that a repair restores, reopens or deletes."""
+    for key in ("hardness/c/3/0/0", "done/c/4", "image/c/0", f"{SUMMARY}/counts/c/0/0/0"):
+        spoil(path / key)
+    (path / "statistics/confusion/c/3/0/0").unlink()
+    (path / "confidence/zarr.json").write_text("{}")
+    document = json.loads((path / "zarr.json").read_bytes())
+    document["consolidated_metadata"]["metadata"]["hardness"]["shape"][0] = 3
+    (path / "zarr.json").write_text(json.dumps(document))
+    for unused in ("hardness/c/9/0/0", "done/c/9"):  # left by a removal that was interrupted
+        (path / unused).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path / unused.replace("9", "0"), path / unused)
+
+
+def test_a_killed_repair_is_finished_by_the_next(grown: Path) -> None:
+    sound_summary = MapReader(grown, version=1).summary()
+    assert sound_summary is not None
+    pixels = sound_summary.read().pixels
+    damage_much(grown)
+    damaged, before = contents(grown), damaged_keys(grown)
+    copies = [grown.with_name(f"{place}.zarr") for place in range(KILLED_REPAIRS + 1)]
+    for path in copies:
+        shutil.copytree(grown, path)
+    assert repair_store(grown).reopened == (3, 4)
+    repaired, after = contents(grown), damaged_keys(grown)
+
+    script = [sys.executable, str(Path(__file__).with_name("crash_repairs.py")), *map(str, copies)]
+    ended = subprocess.run(script, stdout=subprocess.PIPE, text=True, check=True)
+    # The last one comes to its end before it would die: no part of a repair is left out.
+    statuses = [int(status) for status in ended.stdout.split()]
+    assert statuses == [-signal.SIGKILL] * KILLED_REPAIRS + [0]
+    seen = set()
+    for path in copies:
+        now = {key: data for key, data in contents(path).items() if not key.endswith(".partial")}
+        for key in now.keys() | damaged.keys() | repaired.keys():
+            whole = {damaged.get(key), repaired.get(key)}
+            if key.startswith(SUMMARY):
+                whole.add(None)  # deleted before it is made anew
+            assert now.get(key) in whole, key
+        has_summary = f"{SUMMARY}/zarr.json" in now
+        # Found is what has not been repaired yet, and the shards that have been reopened.
+        left = {
+            key
+            for key in before
+            if now.get(key) == damaged.get(key) and (has_summary or not key.startswith(SUMMARY))
+        }
+        left |= {key for key in after if now.get(key) == repaired.get(key)}
+        assert damaged_keys(path) == left
+        seen.add(frozenset(left))
+        summary = MapReader(path, version=1).summary()
+        assert (summary is not None) == has_summary
+        if summary is not None and f"{SUMMARY}/counts/c/0/0/0" not in left:
+            np.testing.assert_array_equal(summary.read().pixels, pixels)
+        repair_store(path)
+        assert contents(path) == repaired
+    assert len(seen) >= 4  # killed before, between and after the steps
+
+
 def test_repair_waits_for_no_build(building: ModuleType, grown: Path) -> None:
     with MapWriter.open(grown).lease():
         for refused in (
@@ -211,6 +281,19 @@ def test_repair_waits_for_no_build(building: ModuleType, grown: Path) -> None:
                 refused()
     with pytest.raises(IndexError, match="expected 0 to 4, got 5"):
         MapWriter.open(grown).reopen_shards([5])
+
+
+def test_a_repair_that_waits_goes_by_what_was_published(building: ModuleType, grown: Path) -> None:
+    writer = MapWriter.extend(grown, images=building.records(9))
+    with ThreadPoolExecutor(1) as pool, writer.lease():
+        repair = pool.submit(repair_store, grown, wait=60)
+        time.sleep(0.5)  # for it to have looked and to be waiting
+        for shard in writer.pending_shards():
+            writer.write_shard(shard, [building.maps_of(r) for r in writer.shard_records(shard)])
+        writer.publish()
+    report = repair.result()
+    assert (report.version, report.damages, report.restored) == (3, (), ())
+    assert verify_store(grown).ok
 
 
 def test_an_old_version_is_removed_with_its_shards(building: ModuleType, own_store: Path) -> None:
