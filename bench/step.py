@@ -48,10 +48,15 @@ def steps(config: RunConfig, student: StudentConfig, store: str) -> Iterator[flo
         teacher=teacher,
     )
     prepared.stream.length = 10**9
-    loader = make_loader(prepared.stream, batch_size=training.batch_size, workers=training.workers)
+    iteration = training.iterations * 3 // 4  # the second stage, the dearer one
+    loader = make_loader(
+        prepared.stream,
+        batch_size=training.batch_size,
+        start=iteration * training.batch_size,
+        workers=training.workers,
+    )
     model = prepared.model.to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-    iteration = training.iterations * 3 // 4  # the second stage, the dearer one
     batches = iter(loader)
     while True:
         started = time.perf_counter()

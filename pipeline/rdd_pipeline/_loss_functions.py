@@ -300,15 +300,15 @@ def _tse_head(
             f"'student' does without, not '{settings.relation}'"
         )
     # where, not a product: an infinite loss outside the mask must not turn into NaN.
-    inside = torch.where(relative, ce, 0.0)
+    inside, count = torch.where(relative, ce, 0.0), relative.sum()
     if pixel_weight is None:
-        numerator, denominator = inside.sum(), relative.sum().to(ce.dtype)
+        numerator, denominator = inside.sum(), count.to(ce.dtype)
     else:
         numerator = (inside * pixel_weight).sum()
         denominator = torch.where(relative, pixel_weight, 0.0).sum()
     # The numerator is 0 whenever the denominator is; dividing by 1 keeps loss and gradient 0.
     loss = numerator / torch.where(denominator > 0, denominator, 1.0)
-    empty = (~relative.any()).to(ce.dtype)
+    empty = (count == 0).to(ce.dtype)
     return Head(loss, hard_student, hard_teacher, relative, tau_student, tau_teacher, empty)
 
 

@@ -6,6 +6,7 @@ difficulty distillation, whose weight of each pixel stays as it is.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -118,6 +119,22 @@ def map_needs(student: StudentConfig, *, has_aux: bool, arrays: Sequence[str]) -
         arrays: Arrays of the store.
     """
     return _needs(student, has_aux, "aux_hardness" in arrays) if student.needs_maps else frozenset()
+
+
+def map_spans(loss: CombinedLoss, images: int) -> dict[Need, range]:
+    """Positions of the stream at which a loss looks at a map; at those left out, at all.
+
+    Args:
+        loss: Of the student.
+        images: Samples that an iteration takes, all processes together.
+    """
+    task = loss.task
+    if not isinstance(task, RDDLoss):
+        return {}
+    switch = task.switch * images
+    second = range(switch, sys.maxsize)
+    first = range(sys.maxsize if task.blend == "linear" else switch)
+    return {"weight": first, "true_prob": second, "aux_true_prob": second}
 
 
 def live_needs(student: StudentConfig, *, has_aux: bool) -> frozenset[Need]:

@@ -41,7 +41,8 @@ class SignalDecoder:
             return None
         if self._table.device != codes.device:
             self._table = self._table.to(codes.device)
-        return self._table[codes.int()]
+        # Several times faster than indexing on the CPU.
+        return self._table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def expand_weight(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

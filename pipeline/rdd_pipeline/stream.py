@@ -83,8 +83,8 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
     ``logits_valid``        bool (h, w)       False at grid points in the padding
     ======================  ================  ====================================================
 
-    All but the first three are there as ``needs`` and ``mark_padding`` ask for them. The weight is
-    sampled at the crop's pixels on the training device, by
+    All but the first three are there as ``needs``, ``spans`` and ``mark_padding`` ask for them. The
+    weight is sampled at the crop's pixels on the training device, by
     :func:`rdd_pipeline.signals.expand_weight`.
 
     Args:
@@ -102,6 +102,7 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
         shard_images: Consecutive images taken for a shard where there is no store.
         length: Number of samples: iterations x batch size x processes.
         needs: Which of ``weight``, ``true_prob``, ``aux_true_prob`` and ``logits`` to give.
+        spans: Positions at which each of them is given; everywhere by default.
         grid_size: Output grid of the student for a crop; needed for ``logits``.
         mark_padding: Give ``logits_valid`` without stored logits too, for a teacher in memory.
         identity: Identity expected of the store; None expects the data set's part of it alone.
@@ -137,6 +138,7 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
         seed: int = 0,
         length: int,
         needs: Collection[Need] = (),
+        spans: Mapping[Need, range] | None = None,
         grid_size: Size | None = None,
         mark_padding: bool = False,
         identity: Mapping[str, Any] | None = None,
@@ -161,6 +163,7 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
         self.shuffle, self.shuffle_buffer = shuffle, shuffle_buffer
         self.seed, self.length = seed, length
         self.needs = tuple(need for need in _ARRAYS if need in needs)
+        self.spans = dict(spans or {})
         self.grid_size = grid_size
         self.mark_padding = mark_padding
         self._kept: frozenset[Need] = frozenset()
@@ -210,8 +213,9 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
             scale=self.scale,
             flip=self.flip,
         )
+        needs = [need for need in self.needs if need not in self.spans or k in self.spans[need]]
         try:
-            sample = self.sample(index, window)
+            sample = self.sample(index, window, needs)
         except Exception as error:
             error.add_note(f"at position {k} of the stream, image {self.dataset.image_ids[index]}")
             raise
@@ -242,12 +246,15 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
             self._orders[epoch] = order
         return int(self._indices[order[place]])
 
-    def sample(self, index: int, window: CropWindow) -> dict[str, torch.Tensor]:
+    def sample(
+        self, index: int, window: CropWindow, needs: Sequence[Need] | None = None
+    ) -> dict[str, torch.Tensor]:
         """One image, label and maps under a given crop.
 
         Args:
             index: Index of the image in the data set.
             window: The crop; its source size is the image's.
+            needs: Which of the stream's needs to give; all by default.
 
         Raises:
             ImageReadError: A file cannot be read, or has changed its size.
@@ -270,20 +277,26 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
         }
         if self.mark_padding:
             sample["logits_valid"] = torch.from_numpy(covered_points(window, self.grid_size))
-        if self.reader is not None and self.needs:
-            maps = self._read_maps(self.reader, index, window, (rows, columns))
+        needs = self.needs if needs is None else needs
+        if self.reader is not None and needs:
+            maps = self._read_maps(self.reader, needs, index, window, (rows, columns))
             sample |= {key: torch.from_numpy(value) for key, value in maps.items()}
         return sample
 
     def _read_maps(
-        self, reader: MapReader, index: int, window: CropWindow, pixels: Window
+        self,
+        reader: MapReader,
+        needs: Sequence[Need],
+        index: int,
+        window: CropWindow,
+        pixels: Window,
     ) -> dict[str, NDArray[Any]]:
         """The needed maps, read together so that a remote store's latency counts once."""
         image_id = self.dataset.image_ids[index]
         record = reader.record(image_id)
         field_size = (record.grid_height, record.grid_width)
         windows: dict[Need, Window | None] = {}
-        for need in self.needs:
+        for need in needs:
             if (need, index) in self._maps:
                 continue
             if need in self._kept:
@@ -299,7 +312,7 @@ class MapStream(Dataset[dict[str, torch.Tensor]]):
             self._maps[need, index] = arrays[need]
 
         maps: dict[str, NDArray[Any]] = {}
-        for need in self.needs:
+        for need in needs:
             array = arrays[need] if need in arrays else self._maps[need, index]
             part = windows.get(need)
             origin = (0, 0) if part is None else (part[0].start, part[1].start)

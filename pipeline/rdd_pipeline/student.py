@@ -12,7 +12,15 @@ from rdd_pipeline.data import SegmentationDataset
 from rdd_pipeline.errors import ConfigError, NetworkError
 from rdd_pipeline.features import FeatureTaps, TappedStudent
 from rdd_pipeline.live_teacher import LiveTeacher
-from rdd_pipeline.methods import build_loss, live_needs, map_needs, tapped, taps_of
+from rdd_pipeline.methods import (
+    CombinedLoss,
+    build_loss,
+    live_needs,
+    map_needs,
+    map_spans,
+    tapped,
+    taps_of,
+)
 from rdd_pipeline.networks import SegmentationNetwork, build_network
 from rdd_pipeline.processes import world_size
 from rdd_pipeline.signals import SignalDecoder
@@ -74,6 +82,7 @@ def prepare_student(
             precision=training.precision,
             decoder=decoder,
         )
+    images = training.accumulate * training.batch_size * world_size()
     stream = MapStream(
         dataset=dataset,
         reader=reader,
@@ -85,10 +94,11 @@ def prepare_student(
         shuffle_buffer=training.shuffle_buffer,
         shard_images=config.maps.shard_images,
         seed=seed,
-        length=training.iterations * training.accumulate * training.batch_size * world_size(),
+        length=training.iterations * images,
         needs=map_needs(
             student, has_aux=network.has_aux, arrays=() if reader is None else reader.arrays
         ),
+        spans=map_spans(loss, images),
         grid_size=grid_size,
         mark_padding=teacher is not None,
         allow_missing=config.student.allow_missing,
@@ -103,7 +113,7 @@ def _model_and_loss(
     dataset: SegmentationDataset,
     network: SegmentationNetwork,
     teacher: SegmentationNetwork | None,
-) -> tuple[SegmentationNetwork | TappedStudent, Loss]:
+) -> tuple[SegmentationNetwork | TappedStudent, CombinedLoss]:
     """The network with the taps that its methods need, and their loss."""
     if config.student_training(student).compile and taps_of(student)[0]:
         raise ConfigError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -24,43 +23,34 @@ class Averages:
     """Running sums of loss terms and diagnostics, kept on the device until they are logged."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, torch.Tensor] = {}
+        self._sums: dict[tuple[str, ...], torch.Tensor] = {}
         self._classes: torch.Tensor | None = None
 
     def add(self, result: LossOutput) -> None:
         """Add one forward pass."""
         values: dict[str, torch.Tensor] = {"loss": result.total.detach(), **result.terms}
         if result.diagnostics is not None:
-            for item in fields(result.diagnostics):
-                values[item.name] = getattr(result.diagnostics, item.name)
-        for key, value in values.items():
-            # NaN in a diagnostic says "not computed"; a loss is finite, or training has stopped.
-            known = (~value.isnan()).to(value.dtype)
-            amount = value.nan_to_num(nan=0.0)
-            if key in self._sums:
-                self._sums[key] += amount
-                self._counts[key] += known
-            else:
-                self._sums[key], self._counts[key] = amount, known
+            values |= result.diagnostics.as_tensors()
+        names = tuple(values)
+        # All numbers at once: on a GPU each operation costs more than the arithmetic in it.
+        numbers = torch.stack([value.float() for value in values.values()])
+        # NaN in a diagnostic says "not computed"; a loss is finite, or training has stopped.
+        both = torch.stack([numbers.nan_to_num(nan=0.0), (~numbers.isnan()).float()])
+        self._sums[names] = self._sums[names].add_(both) if names in self._sums else both
 
     def take(self, processes: int = 1) -> dict[str, float]:
         """Means since the last call, over all processes; every one of them has to call."""
-        if not self._sums:
-            return {}
-        names = list(self._sums)
-        both = torch.stack(
-            [self._sums[name].float() for name in names]
-            + [self._counts[name].float() for name in names]
-        )
-        self._sums, self._counts = {}, {}
-        if processes > 1:
-            torch.distributed.all_reduce(both)
-        numbers = both.tolist()
-        found = zip(names, numbers[: len(names)], numbers[len(names) :], strict=True)
+        found: dict[str, tuple[float, float]] = {}
+        for names, both in self._sums.items():
+            if processes > 1:
+                torch.distributed.all_reduce(both)
+            for name, total, count in zip(names, *both.tolist(), strict=True):
+                totals, counts = found.get(name, (0.0, 0.0))
+                found[name] = totals + total, counts + count
+        self._sums = {}
         return {
             name: total / (1.0 if name == _COUNTED else count)
-            for name, total, count in found
+            for name, (total, count) in found.items()
             if count > 0
         }
 

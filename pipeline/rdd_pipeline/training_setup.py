@@ -105,10 +105,11 @@ def prepare_training(
     if config.ema is not None:
         ema = AveragedModel(
             plain,
-            device=accelerator.device,
             multi_avg_fn=get_ema_multi_avg_fn(config.ema),  # type: ignore[no-untyped-call]
             use_buffers=True,
         )
+        # Its counter, which every update reads, stays here: nothing then waits for the device.
+        ema.module.to(accelerator.device)
     if accelerator.num_processes > 1:
         student = _synchronised(student, accelerator, reporter, name)
     model, optimizer = accelerator.prepare(student, optimizer)

@@ -50,6 +50,7 @@ def prepared(store: str, tmp_path_factory: pytest.TempPathFactory) -> PreparedSt
         config, config.students[2], dataset, reader=MapReader(store), teacher=None
     )
     ready.model.eval()  # the same outputs each time
+    ready.stream.spans = {}  # one batch for both stages
     return ready
 
 

@@ -118,6 +118,7 @@ def prepared(
         load_weights(teacher, weights)
     reader = MapReader(maps.path) if chosen.needs_maps else None
     ready = prepare_student(config, chosen, dataset, reader=reader, teacher=teacher)
+    ready.stream.spans = {}  # one batch for both stages
     return ready, next(iter(make_loader(ready.stream, batch_size=2)))
 
 
@@ -167,6 +168,31 @@ def test_every_method_reaches_the_student_and_leaves_the_teacher(
         after = ready.signals.network.state_dict()
         assert all(torch.equal(before[key], after[key]) for key in before)
         assert not any(p.requires_grad for p in ready.signals.network.parameters())
+
+
+@pytest.mark.parametrize("blend", ["hard", "linear"])
+def test_each_stage_reads_its_own_maps(
+    built: tuple[RunConfig, BuildResult, Path], blend: str
+) -> None:
+    config, maps, _ = built
+    training = config.student.training.model_copy(update={"accumulate": 2})
+    config = config.model_copy(
+        update={"student": config.student.model_copy(update={"training": training})}
+    )
+    stream = prepare_student(
+        config,
+        student("s", ["rdd"], rdd={"switch": 0.5, "blend": blend}),
+        build_dataset(config.data, "train"),
+        reader=MapReader(maps.path),
+        teacher=None,
+    ).stream
+    first, second = {"weight_field"}, {"true_prob_code", "aux_true_prob_code"}
+    after = first | second if blend == "linear" else second
+    # 6 iterations of 2 batches of 2; the second stage begins with the fourth.
+    assert [stream[k].keys() & (first | second) for k in range(len(stream))] == (
+        [first] * 12 + [after] * 12
+    )
+    assert all("logits" in stream[k] for k in (0, 11, 12, 23))
 
 
 def test_live_signals_are_those_of_the_teacher_on_the_crop(
