@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,6 +18,7 @@ from rdd_pipeline.data import IGNORE_INDEX, Sample, SegmentationDataset
 from rdd_pipeline.errors import ConfigError
 from rdd_pipeline.networks import SegmentationNetwork
 from rdd_pipeline.progress import Reporter
+from rdd_pipeline.teacher_batches import DecodedImages, decoder_threads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,13 +57,10 @@ class Metrics:
         )
 
 
-def image_batches(
-    dataset: SegmentationDataset, indices: list[int], batch_size: int
-) -> Iterator[list[Sample]]:
+def image_batches(samples: Iterable[Sample], batch_size: int) -> Iterator[list[Sample]]:
     """Group images of equal size into batches, in order, so that no image is padded."""
     batch: list[Sample] = []
-    for index in indices:
-        sample = dataset[index]
+    for sample in samples:
         if batch and (len(batch) == batch_size or sample.image.shape != batch[0].image.shape):
             yield batch
             batch = []
@@ -164,10 +164,15 @@ def evaluate(
     network.eval()
     classes = dataset.num_classes
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    own = list(range(rank, len(dataset), processes))
+    own = range(rank, len(dataset), processes)
+    threads = decoder_threads(device)
     try:
-        with reporter.bar(name, len(own)) as bar:
-            for samples in image_batches(dataset, own, batch_size):
+        with (
+            reporter.bar(name, len(own)) as bar,
+            ThreadPoolExecutor(threads, thread_name_prefix="rdd-decode") as pool,
+            closing(DecodedImages(pool, dataset, own, batch_size + threads)) as decoded,
+        ):
+            for samples in image_batches(decoded, batch_size):
                 images = stack_images(samples, device)
                 labels = torch.from_numpy(np.stack([s.label for s in samples])).to(device)
                 confusion += multiclass_confusion_matrix(

@@ -125,7 +125,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def decoder_threads(device: torch.device) -> int:
-    """Threads that decode images: one beside a teacher on the CPU, several beside an accelerator.
+    """Threads that decode images: one beside a network on the CPU, several beside an accelerator.
 
     A large photograph takes a thread about as long to decode as an accelerator needs for several.
     """
@@ -135,9 +135,9 @@ def decoder_threads(device: torch.device) -> int:
 
 
 class DecodedImages:
-    """Images of a shard, decoded by a pool a bounded number ahead of whoever takes them.
+    """Images decoded by a pool, a bounded number ahead of whoever takes them.
 
-    The first ones are begun at once, so that they are there when the teacher is free.
+    The first ones are begun at once, so that they are there when the network is free.
 
     Args:
         pool: Decodes.

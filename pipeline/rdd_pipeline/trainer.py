@@ -154,9 +154,10 @@ def train(
         if not accelerator.is_main_process:
             reporter = Reporter(quiet=True)
         set_seed(seed)
-        if accelerator.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(accelerator.device)
         parts = prepare_training(accelerator, student, loss, config, reporter, name)
+        if accelerator.device.type == "cuda":
+            # Not before something is there: only then has CUDA such statistics.
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
         checkpoints = Checkpoints(
             directory / "checkpoints", accelerator, network or type(parts.network).__name__
         )

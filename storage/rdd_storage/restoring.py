@@ -67,9 +67,13 @@ class RestorableVersion(OpenVersion[SchemaT]):
             head, token = read_head_with_token(self._head.location)
             num_rows = head.num_rows if head.complete else self._manifest.num_rows
             written = self._put_changed(self._derived_objects(num_rows))
-            arrays = consolidated_metadata(self.schema, num_rows) if head.complete else {}
-            if any(head.arrays.get(name) != node for name, node in arrays.items()):
-                attributes = head.attributes | {"coordinates": coordinates_attribute(self.schema)}
+            arrays = consolidated_metadata(self.schema, num_rows) if head.complete else head.arrays
+            attributes = head.attributes | {
+                "coordinates": coordinates_attribute(self.schema),
+                "class_names": list(self.schema.class_names),
+            }
+            outdated = any(head.arrays.get(name) != node for name, node in arrays.items())
+            if outdated or attributes != head.attributes:
                 self._check_lease()
                 replace_head(replace(head, arrays=arrays, attributes=attributes), token)
                 written = (*written, HEAD_KEY)

@@ -93,7 +93,8 @@ def verify_store(
 
     Found: missing objects, failed checksums of chunks and shard indices, maps with unwritten
     codes, metadata, coordinates and manifests that contradict each other. All published versions
-    are read; of an unfinished store, and of a version under way, the shards that are done.
+    are read; of an unfinished store the shards that are done. What a version under way has beyond
+    the published ones is not.
 
     Args:
         path: Path or URL of the store.

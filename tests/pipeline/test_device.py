@@ -1,4 +1,4 @@
-"""A training step waits nowhere for its device; seen on one that does not exist."""
+"""What training does on a GPU, as far as it shows without one: it waits nowhere for the device."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 
 from rdd_pipeline.config import Method
+from rdd_pipeline.errors import NonFiniteError
+from rdd_pipeline.losses import LossOutput, TeacherSignals
+from rdd_pipeline.nonfinite import LossWatch
 
 TESTS = Path(__file__).parents[1]
 # CIRKD remembers embeddings of the classes in a batch: how many, their labels say.
@@ -50,3 +54,43 @@ def test_nothing_waits_for_the_device(seen: dict[str, dict[str, Any]], case: str
 
 def test_cirkd_alone_has_to_wait(seen: dict[str, dict[str, Any]]) -> None:
     assert seen["online, cirkd"]["error"].startswith("DynamicOutputShapeException: aten.nonzero")
+
+
+class Event:
+    """An event of a CUDA stream, on which nothing is left to do."""
+
+    def __init__(self) -> None:
+        self.recorded = False
+
+    def record(self) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        assert self.recorded
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["with the next pass", "by a flush"])
+def test_a_loss_that_is_no_number_is_told_a_pass_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory, **k: empty(*a, **k))
+    watch = LossWatch(
+        tmp_path, ["a", "b", "c"], name="s", advice="do this", device=torch.device("cuda")
+    )
+
+    def look(value: float, image: int, iteration: int) -> bool:
+        result = LossOutput(total=torch.tensor(value), terms={})
+        batch = {"index": torch.tensor([image])}
+        return watch.look(result, batch, TeacherSignals(), iteration)
+
+    assert not look(1.0, 0, 1)
+    assert not look(float("nan"), 1, 2)
+    with pytest.raises(NonFiniteError, match=r"nan at iteration 2; do this.*images b"):
+        watch.flush() if last else look(1.0, 2, 3)
+    assert [file.name for file in sorted(tmp_path.iterdir())] == [
+        "iteration-00000002-process-0.json",
+        "iteration-00000002-process-0.safetensors",
+    ]
+    watch.flush()  # nothing is left

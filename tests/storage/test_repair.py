@@ -212,6 +212,17 @@ def test_an_unfinished_store_is_repaired(building: ModuleType, tmp_path: Path) -
     assert verify_store(path).ok
 
 
+def test_names_of_the_classes_are_restored_from_the_schema(own_store: Path) -> None:
+    sound = (own_store / "zarr.json").read_bytes()
+    document = json.loads(sound)
+    document["attributes"]["class_names"][0] = "rood"
+    (own_store / "zarr.json").write_text(json.dumps(document))
+    assert "class_names" in verify_store(own_store).damages[0].problem
+    assert repair_store(own_store).restored == ("zarr.json",)
+    assert json.loads((own_store / "zarr.json").read_bytes()) == json.loads(sound)
+    assert verify_store(own_store).ok
+
+
 def damage_much(path: Path) -> None:
     """Something of each kind that a repair restores, reopens or deletes."""
     for key in ("hardness/c/3/0/0", "done/c/4", "image/c/0", f"{SUMMARY}/counts/c/0/0/0"):
