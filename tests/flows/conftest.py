@@ -19,12 +19,11 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("prefect")
 
 
-@pytest.fixture(scope="session")
-def rdd(prefect_home: Path) -> Rdd:
-    """Run the installed command ``rdd`` as a user types it, with a Prefect home of its own."""
+def _command(home: Path, **settings: str) -> Rdd:
+    """The installed command ``rdd`` with a Prefect home of its own."""
     command = Path(sys.executable).parent / "rdd"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
-    environment |= {"PREFECT_HOME": str(prefect_home), "COLUMNS": "160"}
+    environment |= {"PREFECT_HOME": str(home), "COLUMNS": "160"} | settings
 
     def run(
         *arguments: str | Path, timeout: float = 300, stdin: str = ""
@@ -39,6 +38,18 @@ def rdd(prefect_home: Path) -> Rdd:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def rdd(prefect_home: Path) -> Rdd:
+    """Run ``rdd`` as a user of one machine types it: a flow starts a Prefect server for itself."""
+    return _command(prefect_home)
+
+
+@pytest.fixture(scope="session")
+def rdd_on_server(prefect_home: Path, prefect_server: str) -> Rdd:
+    """Run ``rdd`` where a Prefect server runs already, as flows start much sooner there."""
+    return _command(prefect_home, PREFECT_API_URL=prefect_server)
 
 
 @pytest.fixture(scope="session")

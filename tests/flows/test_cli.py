@@ -59,7 +59,7 @@ def test_run_goes_the_whole_way(finished: tuple[Path, Path, str, str]) -> None:
 
 
 def test_second_run_reuses_everything_and_a_failing_student_leaves_the_others(
-    rdd: Rdd, finished: tuple[Path, Path, str, str]
+    rdd_on_server: Rdd, finished: tuple[Path, Path, str, str]
 ) -> None:
     config, run, _, _ = finished
     training = tiny_tree(run)["student"]["training"] | {"lr": 1e30}
@@ -67,8 +67,8 @@ def test_second_run_reuses_everything_and_a_failing_student_leaves_the_others(
         {"name": "broken", "method": "supervised", "training": training},
         {"name": "extra", "method": "rdd", "rdd": {"relation": "or"}},
     ]
-    done = rdd("run", config, "--set", "maps.workers=1",
-               "--set", f"students={json.dumps(students)}")  # fmt: skip
+    done = rdd_on_server("run", config, "--set", "maps.workers=1",
+                         "--set", f"students={json.dumps(students)}")  # fmt: skip
     assert done.returncode == 1
     assert "1 of 2 students failed" in done.stderr
     assert "broken: the loss is" in done.stderr
@@ -101,7 +101,7 @@ def test_maps_status_and_list(rdd: Rdd, finished: tuple[Path, Path, str, str]) -
 
 
 def test_verify_repair_rebuild_and_remove(
-    rdd: Rdd, finished: tuple[Path, Path, str, str], tmp_path: Path
+    rdd: Rdd, rdd_on_server: Rdd, finished: tuple[Path, Path, str, str], tmp_path: Path
 ) -> None:
     config, run, _, _ = finished
     original = next((run / "maps").glob("*.zarr"))
@@ -122,7 +122,7 @@ def test_verify_repair_rebuild_and_remove(
     repaired = rdd("maps", "repair", store)
     assert repaired.returncode == 0, repaired.stderr
     assert "1 shards to build again" in repaired.stdout
-    rebuilt = rdd("maps", "build", config, "--set", f"maps.root={store.parent}")
+    rebuilt = rdd_on_server("maps", "build", config, "--set", f"maps.root={store.parent}")
     assert rebuilt.returncode == 0, rebuilt.stderr
     assert rdd("maps", "verify", store).returncode == 0
     assert victim.read_bytes() == (original / victim.relative_to(store)).read_bytes()
@@ -135,7 +135,7 @@ def test_verify_repair_rebuild_and_remove(
 
 
 def test_soft_labels_come_later(
-    rdd: Rdd, finished: tuple[Path, Path, str, str], tmp_path: Path
+    rdd: Rdd, rdd_on_server: Rdd, finished: tuple[Path, Path, str, str], tmp_path: Path
 ) -> None:
     _, run, _, _ = finished
     tree = tiny_tree(tmp_path)
@@ -147,7 +147,7 @@ def test_soft_labels_come_later(
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(tree))
     lean = ("--set", "maps.soft_labels=false", "--set", "students=[supervised]")
-    built = rdd("maps", "build", config, *lean)
+    built = rdd_on_server("maps", "build", config, *lean)
     assert built.returncode == 0, built.stderr
     store = Path(built.stdout.strip())
     hardness = {path: path.stat().st_mtime_ns for path in (store / "hardness").rglob("*")}
@@ -156,7 +156,7 @@ def test_soft_labels_come_later(
     assert str(store) in refused.stderr
     assert "expected the maps logits, found none" in refused.stderr
     assert "'rdd maps build CONFIG --set maps.soft_labels=true' adds logits" in refused.stderr
-    added = rdd("maps", "build", config, "--set", "maps.soft_labels=true")
+    added = rdd_on_server("maps", "build", config, "--set", "maps.soft_labels=true")
     assert added.returncode == 0, added.stderr
     assert added.stdout == built.stdout
     assert "adds soft labels to 7 images" in added.stderr
@@ -296,7 +296,9 @@ def camvid_copy(root: Path, images: int = 3) -> Path:
     return root
 
 
-def test_data_problems_are_all_listed_before_work_starts(rdd: Rdd, tmp_path: Path) -> None:
+def test_data_problems_are_all_listed_before_work_starts(
+    rdd_on_server: Rdd, tmp_path: Path
+) -> None:
     root = camvid_copy(tmp_path / "camvid")
     (root / "trainannot" / "000.png").unlink()
     Image.new("L", (20, 20)).save(root / "trainannot" / "001.png")
@@ -306,7 +308,7 @@ def test_data_problems_are_all_listed_before_work_starts(rdd: Rdd, tmp_path: Pat
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tree))
     for command in (("data", "check"), ("run",)):
-        done = rdd(*command, config)
+        done = rdd_on_server(*command, config)
         assert done.returncode == 1
         message = done.stderr
         for name in ("000", "001.png", "002.png", "57"):
@@ -314,7 +316,7 @@ def test_data_problems_are_all_listed_before_work_starts(rdd: Rdd, tmp_path: Pat
         assert "val" in message
         assert "Traceback" not in message
     shutil.rmtree(root)
-    done = rdd("data", "check", config)
+    done = rdd_on_server("data", "check", config)
     assert done.returncode == 1
     assert "trainannot" in done.stderr, "the expected layout is shown"
 
@@ -326,6 +328,7 @@ def test_wrong_network_of_the_last_student_shows_before_the_teacher_is_trained(
     tree["students"][2]["network"] = tree["student"]["network"] | {"encoder": "resnet19"}
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tree))
+    # With a server of its own, so that a failed flow is seen to end as well with that.
     done = rdd("run", config)
     assert done.returncode == 1
     assert "students: 'rdd': network.encoder" in done.stderr

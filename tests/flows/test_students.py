@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -38,7 +39,9 @@ def loader_processes(session: int) -> list[str]:
     return found
 
 
-def test_killed_midway_and_run_again(rdd: Rdd, prefect_home: Path, tmp_path: Path) -> None:
+def test_killed_midway_and_run_again(
+    rdd_on_server: Rdd, prefect_server: str, prefect_home: Path, tmp_path: Path
+) -> None:
     tree = tiny_tree(tmp_path / "runs")
     training = tree["student"]["training"]
     training["snapshots"] = 1
@@ -57,11 +60,14 @@ def test_killed_midway_and_run_again(rdd: Rdd, prefect_home: Path, tmp_path: Pat
     path.write_text(yaml.safe_dump(tree))
     config, quiet = load_config(path), Reporter(quiet=True)
 
-    refused = rdd("students", path)
+    refused = rdd_on_server("students", path)
     assert refused.returncode == 1
     assert "'rdd-s0' and 3 more need maps" in refused.stderr
     assert "rdd maps build" in refused.stderr
-    assert "expected auto or a number from 1" in rdd("students", path, "--parallel", "0").stderr
+    assert (
+        "expected auto or a number from 1"
+        in rdd_on_server("students", path, "--parallel", "0").stderr
+    )
 
     # A first attempt, whose loader ends with it when it is killed.
     teacher = run_teacher(config, quiet)
@@ -74,7 +80,7 @@ def test_killed_midway_and_run_again(rdd: Rdd, prefect_home: Path, tmp_path: Pat
             "--set",
             "student.training.workers=1",
         ],
-        env=os.environ | {"PREFECT_HOME": str(prefect_home)},
+        env=os.environ | {"PREFECT_HOME": str(prefect_home), "PREFECT_API_URL": prefect_server},
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
@@ -91,11 +97,12 @@ def test_killed_midway_and_run_again(rdd: Rdd, prefect_home: Path, tmp_path: Pat
             assert time.monotonic() < deadline, left
             time.sleep(0.1)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # Prefect's server, which outlives its owner
+        with contextlib.suppress(ProcessLookupError):  # they have all ended
+            os.killpg(process.pid, signal.SIGKILL)
 
     finished = [folder.parent.name for folder in students.glob("*/result.json")]
     assert finished
-    done = rdd("students", path)
+    done = rdd_on_server("students", path)
     assert done.returncode == 1
     assert "2 of 6 students failed" in done.stderr
     assert "broken-s1: the loss is" in done.stderr

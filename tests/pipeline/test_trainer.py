@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import shutil
@@ -7,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from rdd_pipeline.errors import CheckpointError, ConfigError, NonFiniteError
 from rdd_pipeline.inspection import Maps
 from rdd_pipeline.networks import load_state
 from rdd_pipeline.progress import Reporter
+from rdd_pipeline.reuse import TrainedNetwork
 from rdd_pipeline.stages import run_maps, run_student, run_teacher
 from rdd_pipeline.training_log import Averages
 from rdd_pipeline.training_setup import poly_schedule
@@ -120,19 +125,46 @@ def test_equal_seeds_give_equal_weights_and_other_seeds_others(
         assert_equal_weights(first.weights, other.weights)
 
 
-@pytest.mark.parametrize(("workers", "method"), [(0, ["rdd"]), (1, ["rdd"]), (0, ["rdd", "cirkd"])])
+Uninterrupted = Callable[[tuple[str, ...]], tuple[TrainedNetwork, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    built: tuple[RunConfig, BuildResult], tmp_path_factory: pytest.TempPathFactory
+) -> Uninterrupted:
+    """Trains a student by some methods, once for all tests; with the configuration's tree."""
+    config, maps = built
+    teacher = config.run_dir / "teacher" / "weights.safetensors"
+
+    @functools.cache
+    def trained(method: tuple[str, ...]) -> tuple[TrainedNetwork, dict[str, Any]]:
+        tree = tiny_tree(tmp_path_factory.mktemp("whole"))
+        tree["student"]["training"]["iterations"] = 20
+        tree["students"][2]["method"] = list(method)
+        whole = parse_config(tree)
+        return run_student(whole, whole.students[2], maps.path, QUIET, teacher), tree
+
+    return trained
+
+
+# A loader's processes are to change nothing: each is compared with a training without them.
+@pytest.mark.parametrize(
+    ("workers", "method"), [(0, ("rdd",)), (1, ("rdd",)), (0, ("rdd", "cirkd"))]
+)
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
-    built: tuple[RunConfig, BuildResult], tmp_path: Path, workers: int, method: list[str]
+    built: tuple[RunConfig, BuildResult],
+    uninterrupted: Uninterrupted,
+    tmp_path: Path,
+    workers: int,
+    method: tuple[str, ...],
 ) -> None:
     """A real SIGKILL of a real ``rdd train``, at some moment after its first checkpoint."""
     config, maps = built
-    tree = tiny_tree(tmp_path / "killed")
-    tree["student"]["training"] |= {"iterations": 40, "workers": workers}
-    tree["students"][2]["method"] = method
+    expected, whole = uninterrupted(method)
+    tree = copy.deepcopy(whole) | {"output": str(tmp_path / "killed")}
+    tree["student"]["training"]["workers"] = workers
     rdd = parse_config(tree).students[2]
-    whole = parse_config(tree | {"output": str(tmp_path / "whole")})
     teacher = config.run_dir / "teacher" / "weights.safetensors"
-    expected = run_student(whole, rdd, maps.path, QUIET, teacher)
     if rdd.needs_teacher:
         shutil.copytree(teacher.parent, tmp_path / "killed" / "tiny" / "teacher")
 
