@@ -39,12 +39,13 @@ from typing import Any
 
 import psutil
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from _machine import machine
 from _maps import Setting
 from _training_data import CLASSES, TrainingData, draw_images, write_maps
 from rdd_pipeline.build import ShardBuilder, ShardTask, create_writer, pass_options
-from rdd_pipeline.config import RunConfig, StudentConfig, parse_config
+from rdd_pipeline.config import NetworkConfig, RunConfig, StudentConfig, parse_config
 from rdd_pipeline.data import SegmentationDataset, dataset_digests
 from rdd_pipeline.loader import make_loader
 from rdd_pipeline.networks import build_network, load_weights, save_weights
@@ -217,6 +218,13 @@ class Bench:
                     torch.cuda.synchronize()
                 yield time.perf_counter() - started, batches.waited - waited
 
+    def gigaflops(self, network: NetworkConfig) -> float:
+        """Arithmetic of a forward pass of one crop, counted without computing anything."""
+        images = torch.empty(2, 3, *self.data.setting.crop, dtype=torch.uint8, device="meta")
+        with FlopCounterMode(display=False) as counter:
+            build_network(network, CLASSES).to("meta")(images)
+        return counter.get_total_flops() / len(images) / 1e9
+
     def pass_seconds(self, images: int) -> float:
         """Seconds that building the maps takes an image: the median of whole shards."""
         config = self.config()
@@ -345,7 +353,15 @@ def report(args: argparse.Namespace) -> Iterator[str]:
             yield (
                 f"\nGoal: {CACHED} at most {goal:.2f} of supervised: {ratio:.3f}, "
                 f"{'met' if ratio <= goal else '**missed**'}. With the teacher in the loop a step "
-                f"takes {online:.2f} times as long.\n"
+                f"takes {online:.2f} times as long."
+            )
+            config = bench.config(network)
+            own = bench.gigaflops(config.student.network)
+            teachers = bench.gigaflops(config.teacher.network)
+            yield (
+                f"A forward pass is {own:.0f} GFLOP a crop, the teacher's {teachers:.0f}: with "
+                "twice as much for the gradient, a step with the teacher has "
+                f"{1 + teachers / (3 * own):.2f} times the arithmetic.\n"
             )
         yield from break_even(bench, found)
 
