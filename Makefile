@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-losses bench-store bench-teacher bench-train bench-flows stack-up stack-down docs clean
+.PHONY: help demo test test-gpu lint format bench bench-losses bench-store bench-teacher bench-train bench-flows stack-up stack-down docs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,6 +17,9 @@ demo: $(VENV)/.ready  ## Run the whole system on built-in scenes (a few minutes 
 test: $(VENV)/.ready-dev lint  ## Check style, types and layers, then run all tests
 	./scripts/install-system-packages
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25
+
+test-gpu: $(VENV)/.ready-dev  ## Run the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest tests/gpu --durations=10
 
 lint: $(VENV)/.ready-dev  ## Check style, types, and the direction of dependencies
 	$(BIN)/ruff format --check .

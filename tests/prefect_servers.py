@@ -10,8 +10,29 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+
+
+class _Patient(httpx.HTTPTransport):
+    """Asks again while a server with SQLite says that its database is busy, as Prefect does."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        for seconds in (0.5, 1, 2, 4, 8, 16):
+            response = super().handle_request(request)
+            if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                return response
+            response.close()
+            time.sleep(seconds)
+        return super().handle_request(request)
+
+
+def ask(url: str, content: Any = None) -> Any:
+    """The answer of a server's API to a request, or to content that is posted."""
+    with httpx.Client(transport=_Patient(), timeout=60) as client:
+        answer = client.get(url) if content is None else client.post(url, json=content)
+    return answer.raise_for_status().json()
 
 
 @contextlib.contextmanager

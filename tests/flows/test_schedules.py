@@ -11,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 import yaml
 
-from prefect_servers import running_server
+from prefect_servers import ask, running_server
 from rdd_flows.deployments import check_prefect_file, check_schedule
 from rdd_pipeline.errors import ConfigError
 from rdd_storage import StoreError, store_status
@@ -148,10 +147,10 @@ def test_serve_builds_trains_and_stops_its_schedule(prefect_server: str, tmp_pat
     write(iterations=100_000, workers=1)
 
     def post(path: str, content: Any) -> Any:
-        return httpx.post(f"{prefect_server}/{path}", json=content).raise_for_status().json()
+        return ask(f"{prefect_server}/{path}", content)
 
     def deployment(flow: str) -> Any:
-        return httpx.get(f"{prefect_server}/deployments/name/{flow}/served").json()
+        return ask(f"{prefect_server}/deployments/name/{flow}/served")
 
     query = {"deployments": {"name": {"any_": ["served"]}}}
 
