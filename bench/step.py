@@ -15,60 +15,27 @@ import itertools
 import os
 import platform
 import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from rdd_pipeline.config import RunConfig, StudentConfig, load_config, without_pretrained
+from _steps import training_steps
+from rdd_pipeline.config import RunConfig, StudentConfig, load_config
 from rdd_pipeline.data import build_dataset
 from rdd_pipeline.export import WEIGHTS_FILE
-from rdd_pipeline.loader import make_loader
 from rdd_pipeline.machine import resolve_device
-from rdd_pipeline.networks import build_network, load_weights
-from rdd_pipeline.student import prepare_student
-from rdd_storage import MapReader, find_store
+from rdd_storage import find_store
 
 
 def steps(config: RunConfig, student: StudentConfig, store: str) -> Iterator[float]:
     """Seconds of each training step, endlessly enough; from the middle of the schedule."""
-    training = config.student_training(student)
     dataset = build_dataset(config.data, "train")
-    device = resolve_device(config.device)
-    teacher = None
-    if student.needs_teacher:
-        teacher = build_network(without_pretrained(config.teacher.network), dataset.num_classes)
-        load_weights(teacher, config.run_dir / "teacher" / WEIGHTS_FILE)
-    prepared = prepare_student(
-        config,
-        student,
-        dataset,
-        reader=MapReader(store) if student.needs_maps else None,
-        teacher=teacher,
-    )
-    prepared.stream.length = 10**9
-    iteration = training.iterations * 3 // 4  # the second stage, the dearer one
-    loader = make_loader(
-        prepared.stream,
-        batch_size=training.batch_size,
-        start=iteration * training.batch_size,
-        workers=training.workers,
-    )
-    model = prepared.model.to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-    batches = iter(loader)
-    while True:
-        started = time.perf_counter()
-        batch = {key: value.to(device) for key, value in next(batches).items()}
-        optimizer.zero_grad(set_to_none=True)
-        outputs = model(batch["image"])
-        signals = prepared.signals(batch)
-        prepared.loss(outputs, batch["label"], signals, iteration).total.backward()
-        optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        yield time.perf_counter() - started
+    weights = config.run_dir / "teacher" / WEIGHTS_FILE
+    for seconds, _ in training_steps(
+        config, student, dataset, store=store, teacher_weights=weights
+    ):
+        yield seconds
 
 
 def main() -> None:

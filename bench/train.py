@@ -43,16 +43,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from _machine import machine
 from _maps import Setting
+from _steps import training_steps
 from _training_data import CLASSES, TrainingData, draw_images, write_maps
 from rdd_pipeline.build import ShardBuilder, ShardTask, create_writer, pass_options
-from rdd_pipeline.config import NetworkConfig, RunConfig, StudentConfig, parse_config
+from rdd_pipeline.config import NetworkConfig, RunConfig, parse_config
 from rdd_pipeline.data import SegmentationDataset, dataset_digests
-from rdd_pipeline.loader import make_loader
-from rdd_pipeline.networks import build_network, load_weights, save_weights
-from rdd_pipeline.prefetch import DevicePrefetcher
-from rdd_pipeline.student import prepare_student
-from rdd_pipeline.teacher_views import autocast
-from rdd_storage import MapReader
+from rdd_pipeline.networks import build_network, save_weights
 
 LARGE = Setting("1024 x 2048", 1024, 2048, CLASSES, (512, 1024), 32, 8)
 SMALL = Setting("256 x 512", 256, 512, CLASSES, (128, 256), 32, 8)
@@ -172,51 +168,13 @@ class Bench:
     def steps(self, network: str, method: str) -> Iterator[tuple[float, float]]:
         """Seconds of each training step, and of it those without a batch; endless."""
         config = self.config(network)
-        student: StudentConfig = config.students[list(METHODS).index(method)]
-        training, device = config.student.training, torch.device(self.args.device)
-        dataset = self.dataset()
-        teacher = None
-        if student.needs_teacher:
-            teacher = build_network(config.teacher.network, CLASSES)
-            load_weights(teacher, self.teacher_weights)
-        prepared = prepare_student(
+        return training_steps(
             config,
-            student,
-            dataset,
-            reader=MapReader(self.data.store) if student.needs_maps else None,
-            teacher=teacher,
+            config.students[list(METHODS).index(method)],
+            self.dataset(),
+            store=self.data.store,
+            teacher_weights=self.teacher_weights,
         )
-        prepared.stream.length = 10**9
-        iteration = training.iterations * 3 // 4  # the second stage, the dearer one
-        loader = make_loader(
-            prepared.stream,
-            batch_size=training.batch_size,
-            start=iteration * training.batch_size,
-            workers=training.workers,
-            pin_memory=device.type == "cuda",
-        )
-        model = prepared.model.to(device).train()
-        if training.channels_last:
-            model.to(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-        scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "fp16")
-        with DevicePrefetcher(loader, device) as batches:
-            while True:
-                started, waited = time.perf_counter(), batches.waited
-                batch = batches.take()
-                optimizer.zero_grad(set_to_none=True)
-                images = batch["image"]
-                if training.channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                with autocast(device, training.precision):
-                    outputs = model(images)
-                result = prepared.loss(outputs, batch["label"], prepared.signals(batch), iteration)
-                scaler.scale(result.total).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                yield time.perf_counter() - started, batches.waited - waited
 
     def gigaflops(self, network: NetworkConfig) -> float:
         """Arithmetic of a forward pass of one crop, counted without computing anything."""

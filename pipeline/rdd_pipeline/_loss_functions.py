@@ -221,9 +221,10 @@ class Head(NamedTuple):
     hard_student: Tensor
     hard_teacher: Tensor | None
     relative: Tensor
+    trained: Tensor
+    """Pixels in ``relative``."""
     tau_student: Tensor
     tau_teacher: Tensor | None
-    empty: Tensor
 
 
 class SecondStage(NamedTuple):
@@ -270,10 +271,10 @@ def tse_terms(
     main = _tse_head("true_prob", ce.main, valid, teacher_true_prob, pixel_weight, settings)
     with_aux = teacher_aux_true_prob is not None or settings.relation == "student"
     if ce.aux is None or not with_aux:
-        return SecondStage(main.loss, main, main.empty)
+        return SecondStage(main.loss, main, _empty(main))
     aux = _tse_head("aux_true_prob", ce.aux, valid, teacher_aux_true_prob, pixel_weight, settings)
     loss = main.loss + settings.aux_weight * aux.loss
-    return SecondStage(loss, main, main.empty + aux.empty)
+    return SecondStage(loss, main, _empty(main) + _empty(aux))
 
 
 def _tse_head(
@@ -300,7 +301,8 @@ def _tse_head(
             f"'student' does without, not '{settings.relation}'"
         )
     # where, not a product: an infinite loss outside the mask must not turn into NaN.
-    inside, count = torch.where(relative, ce, 0.0), relative.sum()
+    inside = torch.where(relative, ce, 0.0)
+    count = relative.sum()
     if pixel_weight is None:
         numerator, denominator = inside.sum(), count.to(ce.dtype)
     else:
@@ -308,8 +310,12 @@ def _tse_head(
         denominator = torch.where(relative, pixel_weight, 0.0).sum()
     # The numerator is 0 whenever the denominator is; dividing by 1 keeps loss and gradient 0.
     loss = numerator / torch.where(denominator > 0, denominator, 1.0)
-    empty = (count == 0).to(ce.dtype)
-    return Head(loss, hard_student, hard_teacher, relative, tau_student, tau_teacher, empty)
+    return Head(loss, hard_student, hard_teacher, relative, count, tau_student, tau_teacher)
+
+
+def _empty(head: Head) -> Tensor:
+    """1 where a head had nothing to train on, else 0."""
+    return (head.trained == 0).to(head.loss.dtype)
 
 
 def _mine(true_prob: Tensor, valid: Tensor, settings: Mining) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Public names are imported from :mod:`rdd_pipeline.losses`.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -251,6 +252,12 @@ class RDDLoss(nn.Module):
             return 0.0
         return max(0.0, (self.iterations - iteration) / (self.iterations - self.switch))
 
+    @property
+    def stages(self) -> tuple[range, range]:
+        """Iterations, counted from 0, in which each of the two stages is computed."""
+        end = self.switch if self.blend == "hard" else self.iterations
+        return range(end), range(self.switch, sys.maxsize)
+
     def forward(
         self,
         outputs: NetworkOutputs,
@@ -340,7 +347,7 @@ def _diagnose(
         hard_teacher=fraction(teacher),
         hard_student=nan if main is None else fraction(main.hard_student),
         hard_both=nan if main is None or teacher is None else fraction(main.hard_student & teacher),
-        relative=nan if main is None else fraction(main.relative),
+        relative=nan if main is None else main.trained / count,
         tau_teacher=nan if tau_teacher is None else tau_teacher,
         tau_student=nan if main is None else main.tau_student,
         empty_masks=torch.zeros((), device=valid.device) if second is None else second.empty_masks,

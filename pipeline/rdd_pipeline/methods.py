@@ -6,7 +6,6 @@ difficulty distillation, whose weight of each pixel stays as it is.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -131,9 +130,7 @@ def map_spans(loss: CombinedLoss, images: int) -> dict[Need, range]:
     task = loss.task
     if not isinstance(task, RDDLoss):
         return {}
-    switch = task.switch * images
-    second = range(switch, sys.maxsize)
-    first = range(sys.maxsize if task.blend == "linear" else switch)
+    first, second = (range(stage.start * images, stage.stop * images) for stage in task.stages)
     return {"weight": first, "true_prob": second, "aux_true_prob": second}
 
 

@@ -26,6 +26,7 @@ from rdd_pipeline.config import Method, RunConfig, StudentConfig, parse_config
 from rdd_pipeline.data import build_dataset
 from rdd_pipeline.difficulty import hard_threshold
 from rdd_pipeline.errors import NonFiniteError
+from rdd_pipeline.evaluate import Metrics
 from rdd_pipeline.live_teacher import LiveTeacher
 from rdd_pipeline.loader import make_loader
 from rdd_pipeline.losses import KDLoss, LossOutput, RDDLoss, SupervisedLoss
@@ -292,8 +293,6 @@ def trained(
     config: RunConfig, path: str, output: Path, loss: Any = None, evaluate: Any = None
 ) -> TrainingResult:
     """The student ``rdd`` by the trainer alone."""
-    from rdd_pipeline.evaluate import Metrics
-
     student = config.students[2]
     dataset = build_dataset(config.data, "train")
     ready = prepare_student(config, student, dataset, reader=MapReader(path), teacher=None)

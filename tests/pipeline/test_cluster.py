@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from rdd_pipeline.progress import Reporter
 from rdd_pipeline.reuse import TrainedNetwork
 from rdd_pipeline.stages import run_maps
 from rdd_storage import MapReader, StoreError, lease_holder, store_status, verify_store
-from real_processes import other_version
+from real_processes import other_version, wait_for
 from tiny import tiny_tree
 
 QUIET = Reporter(quiet=True)
@@ -89,13 +89,6 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     running = Cluster(folder)
     yield running
     running.close()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +165,7 @@ def test_workers_by_hand_one_killed_one_late_one_of_another_version(
         return False
 
     def disturb() -> None:
-        wait_until(under_way)
+        wait_for(under_way, 90)
         victim.send_signal(signal.SIGKILL)
         late.append(cluster.worker("late", PYTHONPATH=other_version(tmp_path / "shim")))
 
